@@ -1,0 +1,23 @@
+"""The errors that this package raises on purpose; anything else that escapes is a bug of ours."""
+
+from __future__ import annotations
+
+
+class CqsaError(Exception):
+    """Base of every error that this package raises on purpose."""
+
+
+class ArgumentError(CqsaError, ValueError):
+    """An argument that cannot be used: names it, what was found, what was expected and what to do."""
+
+    def __init__(self, argument: str, found: object, expected: str, remedy: str) -> None:
+        self.argument, self.found, self.expected, self.remedy = argument, found, expected, remedy
+        super().__init__(f"{argument}: found {found}; expected {expected}. {remedy}")
+
+
+class BudgetError(CqsaError, MemoryError):
+    """A memory budget that is too small for the smallest piece of the work."""
+
+
+class StorageError(CqsaError, OSError):
+    """A file, data set or disk that cannot be read or written as asked."""

@@ -1,0 +1,69 @@
+"""Bytes: written by people as "512MiB", kept by the code as whole bytes."""
+
+from __future__ import annotations
+
+import re
+
+from .errors import ArgumentError
+
+_FACTORS = {
+    "": 1, "B": 1,
+    "KIB": 1 << 10, "MIB": 1 << 20, "GIB": 1 << 30, "TIB": 1 << 40,
+    "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12,
+}  # fmt: skip
+_PATTERN = re.compile(r"\s*(\d+(?:\.\d*)?|\.\d+)\s*([A-Za-z]*)\s*", re.ASCII)
+
+
+def parse_bytes(value: int | str, argument: str) -> int:
+    """Whole bytes of ``value``: an int, or text such as "512MiB", "1.5 GiB" or "2GB".
+
+    Raises ArgumentError, naming ``argument``, for anything else and for less than one byte.
+
+    >>> parse_bytes("1.5 KiB", "memory")
+    1536
+    """
+    if isinstance(value, int) and not isinstance(value, bool):
+        if value >= 1:
+            return value
+    elif isinstance(value, str):
+        match = _PATTERN.fullmatch(value)
+        factor = _FACTORS.get(match[2].upper()) if match else None
+        if match and factor is not None and (size := int(float(match[1]) * factor)) >= 1:
+            return size
+    raise ArgumentError(
+        argument,
+        repr(value),
+        'a positive number of bytes, as an int or as text with B, KiB, MiB, GiB, TiB, KB, MB, GB or TB ("512MiB")',
+        f"Pass for example {argument}='2GiB'.",
+    )
+
+
+def format_bytes(size_bytes: float) -> str:
+    """``size_bytes`` for people, in binary units.
+
+    >>> format_bytes(1536)
+    '1.5 KiB'
+    """
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if abs(size_bytes) < 1024:
+            break
+        size_bytes /= 1024
+    else:
+        unit = "TiB"
+    return f"{size_bytes:.0f} B" if unit == "B" else f"{size_bytes:.4g} {unit}"
+
+
+def format_seconds(elapsed_s: float) -> str:
+    """``elapsed_s`` for people.
+
+    >>> format_seconds(3725)
+    '1 h 2 min'
+    """
+    if elapsed_s < 60:
+        return f"{elapsed_s:.3g} s"
+    minutes, hours, days = elapsed_s / 60, elapsed_s / 3600, elapsed_s / 86400
+    if minutes < 60:
+        return f"{int(minutes)} min {int(elapsed_s % 60)} s"
+    if hours < 48:
+        return f"{int(hours)} h {int(minutes % 60)} min"
+    return f"{days:.3g} days"
