@@ -1,0 +1,84 @@
+"""The functions of ``vector_ir`` as Numba intrinsics, for the processor that Numba compiles for.
+
+Each takes the scratch array first: its dtype selects the arithmetic. Addresses are integers, because queries, keys, values and
+state lie in several buffers at once.
+"""
+# The typing functions must name every argument: Numba reads their signatures.
+# ruff: noqa: D103
+
+from __future__ import annotations
+
+from typing import Any
+
+from llvmlite import ir
+from numba import types
+from numba.extending import intrinsic
+
+from .tiles import Tile, instruction_set, tile_for
+from .vector_ir import vector_function
+
+
+def target_tile(context: Any, dtype: str) -> Tile:
+    """The tile for the processor that a Numba target ``context`` compiles for."""
+    triple, _, features = context.codegen().magic_tuple()
+    return tile_for(instruction_set(triple, features), dtype)
+
+
+def _call(kind: str, scratch: Any, argument_count: int) -> tuple[Any, Any]:
+    """Numba signature and code generator of the vector function ``kind``."""
+
+    def codegen(context: Any, builder: ir.IRBuilder, signature: Any, arguments: Any) -> ir.Value:
+        function = vector_function(builder.module, target_tile(context, str(scratch.dtype)), kind)
+        values = [
+            builder.inttoptr(value, kind) if isinstance(kind, ir.PointerType) else value
+            for value, kind in zip(arguments[1:], function.function_type.args, strict=True)
+        ]
+        builder.call(function, values)
+        return context.get_dummy_value()
+
+    return types.void(scratch, *[types.intp] * argument_count), codegen
+
+
+@intrinsic
+def panel_rows(typing_context, scratch):  # type: ignore[no-untyped-def]
+    """Query rows of one panel, a compile-time constant."""
+
+    def codegen(context: Any, builder: ir.IRBuilder, signature: Any, arguments: Any) -> ir.Value:
+        return context.get_constant(types.intp, target_tile(context, str(scratch.dtype)).rows)
+
+    return types.intp(scratch), codegen
+
+
+@intrinsic
+def tile_columns(typing_context, scratch):  # type: ignore[no-untyped-def]
+    """Value columns of one register tile, a compile-time constant."""
+
+    def codegen(context: Any, builder: ir.IRBuilder, signature: Any, arguments: Any) -> ir.Value:
+        return context.get_constant(types.intp, target_tile(context, str(scratch.dtype)).keys)
+
+    return types.intp(scratch), codegen
+
+
+@intrinsic
+def block_scores(typing_context, scratch, queries, keys, stride, count, head_dim, scores, maxima):  # type: ignore[no-untyped-def]
+    return _call("scores", scratch, 7)
+
+
+@intrinsic
+def block_mask(typing_context, scratch, scores, count, limits, maxima):  # type: ignore[no-untyped-def]
+    return _call("mask", scratch, 4)
+
+
+@intrinsic
+def block_weights(typing_context, scratch, scores, count, maxima, m, normalizer, alpha):  # type: ignore[no-untyped-def]
+    return _call("weights", scratch, 6)
+
+
+@intrinsic
+def block_values(typing_context, scratch, weights, values, stride, count, value_dim, alpha, limits, accumulator):  # type: ignore[no-untyped-def]
+    return _call("values", scratch, 8)
+
+
+@intrinsic
+def block_masked_values(typing_context, scratch, weights, values, stride, count, value_dim, alpha, limits, accumulator):  # type: ignore[no-untyped-def]
+    return _call("masked_values", scratch, 8)

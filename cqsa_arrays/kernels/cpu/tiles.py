@@ -1,0 +1,76 @@
+"""Register and cache tile sizes of the CPU kernels, one set per vector instruction set and arithmetic."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+# Keys whose scores are held at once: 96 is a multiple of every ``keys`` and ``columns`` below, and 96 keys and values of
+# head dimension 64 stay in a 48 KiB first-level cache beside one panel of queries.
+BLOCK_KEYS = 96
+# Keys accumulated from zero before one merge into the running state: bounds the rounding error at any sequence length.
+SPAN_KEYS = 32768
+# Query panels that share one pass over a key block: they stay in the second-level cache while keys stream past.
+GROUP_BYTES = 768 << 10
+GROUP_PANELS = 32
+ALIGNMENT = 64
+
+
+@dataclass(frozen=True, slots=True)
+class Tile:
+    """One register tile: ``keys`` (or value columns) scalars broadcast against ``vectors`` vectors of query rows."""
+
+    name: str
+    dtype: str
+    lanes: int
+    vectors: int
+    keys: int
+
+    @property
+    def rows(self) -> int:
+        """Query rows of one panel."""
+        return self.lanes * self.vectors
+
+    @property
+    def itemsize(self) -> int:
+        return np.dtype(self.dtype).itemsize
+
+    def columns(self, value_dim: int) -> int:
+        """Value columns of the transposed accumulator, padded to whole register tiles."""
+        return -(-value_dim // self.keys) * self.keys
+
+
+# Accumulators + query vectors + one broadcast fill the register file: 32 zmm, 16 ymm, 32 Neon registers.
+_TILES = {
+    ("avx512", "float32"): Tile("avx512", "float32", lanes=16, vectors=3, keys=8),
+    ("avx512", "float64"): Tile("avx512", "float64", lanes=8, vectors=4, keys=6),
+    ("avx2", "float32"): Tile("avx2", "float32", lanes=8, vectors=3, keys=4),
+    ("avx2", "float64"): Tile("avx2", "float64", lanes=4, vectors=3, keys=4),
+    ("neon", "float32"): Tile("neon", "float32", lanes=4, vectors=3, keys=8),
+    ("neon", "float64"): Tile("neon", "float64", lanes=2, vectors=3, keys=8),
+    ("sse2", "float32"): Tile("sse2", "float32", lanes=4, vectors=2, keys=4),
+    ("sse2", "float64"): Tile("sse2", "float64", lanes=2, vectors=2, keys=4),
+}
+
+
+def instruction_set(triple: str, features: str) -> str:
+    """The tile family for an LLVM target triple and its comma-separated feature list ("+avx2,-avx512f,...")."""
+    enabled = set(features.split(","))
+    if triple.startswith(("aarch64", "arm64")):
+        return "neon"
+    if {"+avx512f", "+fma"} <= enabled:
+        return "avx512"
+    return "avx2" if {"+avx2", "+fma"} <= enabled else "sse2"
+
+
+def tile_for(instruction_set: str, dtype: str) -> Tile:
+    """The tile of a family ("avx512", "avx2", "neon", "sse2") for "float32" or "float64" arithmetic."""
+    return _TILES[instruction_set, dtype]
+
+
+def group_panels(tile: Tile, rows: int, head_dim: int, value_dim: int) -> int:
+    """Panels per work item; depends on the problem alone, so that results do not depend on the number of threads."""
+    panel_bytes = tile.rows * (head_dim + tile.columns(value_dim)) * tile.itemsize
+    panels = -(-rows // tile.rows)
+    return max(1, min(GROUP_PANELS, GROUP_BYTES // panel_bytes, -(-panels // 8)))
