@@ -52,6 +52,6 @@ class Cut:
 
     @property
     def longest(self) -> int:
-        """Upper bound, reached by at least one chunk, on the tokens of any chunk."""
+        """Upper bound on the tokens of any chunk, reached where the tokens are whole tiles."""
         tiles = -(-self.tokens // self.tile)
         return min(self.tokens, -(-tiles // self.parts) * self.tile)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+from fractions import Fraction
+from numbers import Integral
 
 from .errors import ArgumentError
 
@@ -11,7 +13,7 @@ _FACTORS = {
     "KIB": 1 << 10, "MIB": 1 << 20, "GIB": 1 << 30, "TIB": 1 << 40,
     "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12,
 }  # fmt: skip
-_PATTERN = re.compile(r"\s*(\d+(?:\.\d*)?|\.\d+)\s*([A-Za-z]*)\s*", re.ASCII)
+_PATTERN = re.compile(r"\s*(\d{1,30}(?:\.\d{0,30})?|\.\d{1,30})\s*([A-Za-z]*)\s*", re.ASCII)
 
 
 def parse_bytes(value: int | str, argument: str) -> int:
@@ -22,13 +24,13 @@ def parse_bytes(value: int | str, argument: str) -> int:
     >>> parse_bytes("1.5 KiB", "memory")
     1536
     """
-    if isinstance(value, int) and not isinstance(value, bool):
+    if isinstance(value, Integral) and not isinstance(value, bool):
         if value >= 1:
-            return value
+            return int(value)
     elif isinstance(value, str):
         match = _PATTERN.fullmatch(value)
         factor = _FACTORS.get(match[2].upper()) if match else None
-        if match and factor is not None and (size := int(float(match[1]) * factor)) >= 1:
+        if match and factor is not None and (size := int(Fraction(match[1]) * factor)) >= 1:
             return size
     raise ArgumentError(
         argument,
@@ -45,12 +47,12 @@ def format_bytes(size_bytes: float) -> str:
     '1.5 KiB'
     """
     for unit in ("B", "KiB", "MiB", "GiB"):
-        if abs(size_bytes) < 1024:
+        if abs(size_bytes) < 1023.5:
             break
         size_bytes /= 1024
     else:
         unit = "TiB"
-    return f"{size_bytes:.0f} B" if unit == "B" else f"{size_bytes:.4g} {unit}"
+    return f"{size_bytes:.0f} {unit}" if unit == "B" or size_bytes >= 1000 else f"{size_bytes:.4g} {unit}"
 
 
 def format_seconds(elapsed_s: float) -> str:
@@ -59,7 +61,7 @@ def format_seconds(elapsed_s: float) -> str:
     >>> format_seconds(3725)
     '1 h 2 min'
     """
-    if elapsed_s < 60:
+    if elapsed_s < 59.95:
         return f"{elapsed_s:.3g} s"
     minutes, hours, days = elapsed_s / 60, elapsed_s / 3600, elapsed_s / 86400
     if minutes < 60:

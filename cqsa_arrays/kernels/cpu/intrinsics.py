@@ -12,6 +12,7 @@ from typing import Any
 
 from llvmlite import ir
 from numba import types
+from numba.core.registry import cpu_target
 from numba.extending import intrinsic
 
 from .tiles import Tile, instruction_set, tile_for
@@ -22,6 +23,11 @@ def target_tile(context: Any, dtype: str) -> Tile:
     """The tile for the processor that a Numba target ``context`` compiles for."""
     triple, _, features = context.codegen().magic_tuple()
     return tile_for(instruction_set(triple, features), dtype)
+
+
+def host_tile(dtype: str) -> Tile:
+    """The tile of this machine."""
+    return target_tile(cpu_target.target_context, dtype)
 
 
 def _call(kind: str, scratch: Any, argument_count: int) -> tuple[Any, Any]:
@@ -82,3 +88,8 @@ def block_values(typing_context, scratch, weights, values, stride, count, value_
 @intrinsic
 def block_masked_values(typing_context, scratch, weights, values, stride, count, value_dim, alpha, limits, accumulator):  # type: ignore[no-untyped-def]
     return _call("masked_values", scratch, 8)
+
+
+@intrinsic
+def block_copy(typing_context, scratch, rows, stride, count, row_bytes, out, out_stride):  # type: ignore[no-untyped-def]
+    return _call("copy", scratch, 6)

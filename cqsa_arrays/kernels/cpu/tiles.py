@@ -40,11 +40,18 @@ class Tile:
         """Value columns of the transposed accumulator, padded to whole register tiles."""
         return -(-value_dim // self.keys) * self.keys
 
+    def scratch_bytes(self, rows: int, head_dim: int, value_dim: int) -> int:
+        """Scratch of one thread: the panels of a work item, one block of scores, one block of values."""
+        columns = self.columns(value_dim)
+        panels = group_panels(self, rows, head_dim, value_dim)
+        elements = self.rows * (panels * (head_dim + columns + 2) + 3 + BLOCK_KEYS) + BLOCK_KEYS * columns
+        return elements * self.itemsize + (BLOCK_KEYS + 1) * ALIGNMENT
+
 
 # Accumulators + query vectors + one broadcast fill the register file: 32 zmm, 16 ymm, 32 Neon registers.
 _TILES = {
     ("avx512", "float32"): Tile("avx512", "float32", lanes=16, vectors=3, keys=8),
-    ("avx512", "float64"): Tile("avx512", "float64", lanes=8, vectors=4, keys=6),
+    ("avx512", "float64"): Tile("avx512", "float64", lanes=8, vectors=3, keys=8),
     ("avx2", "float32"): Tile("avx2", "float32", lanes=8, vectors=3, keys=4),
     ("avx2", "float64"): Tile("avx2", "float64", lanes=4, vectors=3, keys=4),
     ("neon", "float32"): Tile("neon", "float32", lanes=4, vectors=3, keys=8),
@@ -74,3 +81,8 @@ def group_panels(tile: Tile, rows: int, head_dim: int, value_dim: int) -> int:
     panel_bytes = tile.rows * (head_dim + tile.columns(value_dim)) * tile.itemsize
     panels = -(-rows // tile.rows)
     return max(1, min(GROUP_PANELS, GROUP_BYTES // panel_bytes, -(-panels // 8)))
+
+
+def largest_scratch_bytes(dtype: str, rows: int, head_dim: int, value_dim: int) -> int:
+    """Scratch of one thread on whichever instruction set needs most, so that planning need not ask the processor."""
+    return max(t.scratch_bytes(rows, head_dim, value_dim) for (_, name), t in _TILES.items() if name == dtype)

@@ -7,9 +7,9 @@ Vector lanes are query rows, so a softmax row lives in one lane and no step redu
     weights   S <- exp(S - m),  l <- l * alpha + sum(S),  alpha = exp(m_old - m)
     values    At (Dv, R)   = At * alpha + V^T (Dv, keys) @ S (keys, R)
 
-Keys and values are read where they lie, one scalar broadcast at a time, with the caller's token stride; nothing is packed.
-The two products are the same register tile: ``tile.keys`` scalars against ``tile.vectors`` vectors, accumulators in registers.
-Everything is plain IEEE arithmetic with explicit fused multiply-adds: no fast-math flag, so that NaN and infinity survive.
+Keys and values are read one scalar broadcast at a time, with the caller's token stride. The two products are the same
+register tile: ``tile.keys`` scalars against ``tile.vectors`` vectors, accumulators in registers. Everything is plain
+IEEE arithmetic with explicit fused multiply-adds: no fast-math flag, so that NaN and infinity survive.
 """
 
 from __future__ import annotations
@@ -124,8 +124,8 @@ class Emitter:
     def exp(self, x: ir.Value) -> ir.Value:
         """exp(x) for x <= 0, to about one unit in the last place; 0 below the smallest normal number; NaN stays NaN.
 
-        2**n is built by adding a constant whose low bits then hold n plus the exponent bias. The clamp keeps a NaN because its
-        comparison is ordered, and the factor 2**n may then be anything: NaN times anything is NaN.
+        2**n is built by adding a constant whose low bits then hold n plus the exponent bias. The clamp keeps a NaN
+        because its comparison is ordered, and the factor 2**n may then be anything: NaN times anything is NaN.
         """
         mantissa, bias, degree = _FORMATS[self.tile.dtype]
         magic = self.constant(1.5 * 2**mantissa + bias)
@@ -220,7 +220,7 @@ def _mask(e: Emitter, scores: ir.Value, count: ir.Value, limits: ir.Value, maxim
 def _weights(
     e: Emitter, scores: ir.Value, count: ir.Value, maxima: ir.Value, m: ir.Value, normalizer: ir.Value, alpha: ir.Value
 ) -> None:
-    """weights(scores, key_count, maxima, m, l, out alpha): the softmax step of one block, scores turned into weights."""
+    """weights(scores, key_count, maxima, m, l, out alpha): one softmax step, scores turned into weights."""
     vectors = range(e.tile.vectors)
     bases, sums = [], e.variables(e.tile.vectors, e.constant(0.0))
     for v in vectors:
@@ -263,6 +263,16 @@ def _values(
                 e.store(e.fma(e.load(accumulator, column, v), factor, products[j][v]), accumulator, column, v)
 
 
+def _copy(
+    e: Emitter, source: ir.Value, stride: ir.Value, count: ir.Value, size: ir.Value, out: ir.Value, out_stride: ir.Value
+) -> None:
+    """copy(rows, row_stride_bytes, row_count, row_bytes, out, out_stride_bytes): rows with another stride."""
+    memcpy = e.function.module.declare_intrinsic("llvm.memcpy", [BYTES, BYTES, I64])
+    with e.loop(count) as i:
+        pointers = [e.build.gep(out, [e.build.mul(i, out_stride)]), e.build.gep(source, [e.build.mul(i, stride)])]
+        e.build.call(memcpy, [*pointers, size, ir.Constant(ir.IntType(1), 0)])
+
+
 def _masked_values(e: Emitter, *arguments: ir.Value) -> None:
     """As ``_values``, but an invisible value is never multiplied: 0 * NaN would reach a row that cannot see it."""
     _values(e, *arguments, masked=True)
@@ -274,6 +284,7 @@ _BODIES: dict[str, tuple[str, Callable[..., None]]] = {
     "mask": ("pipp", _mask),
     "weights": ("pipppp", _weights),
     "values": ("ppiiippp", _values),
+    "copy": ("piiipi", _copy),
     "masked_values": ("ppiiippp", _masked_values),
 }
 FUNCTIONS = tuple(_BODIES)
@@ -287,7 +298,7 @@ def vector_function(module: ir.Module, tile: Tile, kind: str) -> ir.Function:
     arguments, body = _BODIES[kind]
     types = [BYTES if letter == "p" else I64 for letter in arguments]
     function = ir.Function(module, ir.FunctionType(ir.VoidType(), types), name)
-    function.linkage = "linkonce_odr"
+    function.linkage = "internal"
     emitter = Emitter(function, tile)
     body(emitter, *function.args)
     emitter.build.ret_void()

@@ -1,0 +1,41 @@
+"""What every kernel family takes and does."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from ..statistics import BlockStatistics
+
+
+@dataclass(frozen=True, slots=True)
+class KeyBlock:
+    """Keys (batch, heads, tokens, D) and values (batch, heads, tokens, Dv), the first token being token ``start``."""
+
+    start: int
+    keys: Any
+    values: Any
+
+
+class Kernel(Protocol):
+    """Block statistics of queries against key blocks, merged into a state."""
+
+    def accumulate(
+        self,
+        queries: Any,
+        query_start: int,
+        blocks: Sequence[KeyBlock],
+        state: BlockStatistics,
+        *,
+        diagonal: int,
+        scale: float,
+    ) -> None:
+        """Update ``state`` (acc (batch, heads, rows, Dv), m and l (batch, heads, rows)) in place.
+
+        ``queries`` (batch, heads, rows, D) start at token ``query_start``; row r sees the keys ``j <= r + diagonal`` of the
+        blocks; scores are ``scale * q . k``. All arrays have the state's dtype and a contiguous last axis.
+        """
+
+    def close(self) -> None:
+        """Release threads and scratch."""

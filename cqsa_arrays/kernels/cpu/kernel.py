@@ -1,0 +1,120 @@
+"""The CPU kernel family: work items of one head and one group of query rows, run by threads that release the GIL.
+
+A row's arithmetic depends on the key blocks alone and work items depend on shapes alone, so the result is the same for any
+number of threads. Each ``CpuKernel`` owns its threads and scratch: concurrent use of several is safe.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections import deque
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor, wait
+
+import numpy as np
+
+from ...statistics import BlockStatistics
+from ..base import KeyBlock
+from .attend import attend_group, signature
+from .intrinsics import host_tile
+from .tiles import ALIGNMENT, group_panels
+
+logger = logging.getLogger("cqsa_arrays")
+# A kernel loads from the cache on disk well within this; only a compilation takes longer.
+_PATIENCE_S = 0.7
+
+
+def _aligned(size_bytes: int, dtype: str) -> np.ndarray:
+    raw = np.empty(size_bytes + ALIGNMENT, np.uint8)
+    start = -raw.ctypes.data % ALIGNMENT
+    itemsize = np.dtype(dtype).itemsize
+    return raw[start : start + size_bytes // itemsize * itemsize].view(dtype)
+
+
+def load(dtype: str) -> None:
+    """Compile ``attend_group`` for "float32" or "float64" or load it from Numba's cache on disk."""
+    note = threading.Timer(
+        _PATIENCE_S,
+        logger.info,
+        ["compiling the %s kernel for this processor (once; later runs load it from disk)", dtype],
+    )
+    note.daemon = True
+    note.start()
+    try:
+        attend_group.compile(signature(dtype))
+    finally:
+        note.cancel()
+
+
+class CpuKernel:
+    """Implements ``Kernel`` on NumPy arrays with ``threads`` threads; queries come in blocks of at most ``rows`` rows."""
+
+    def __init__(self, dtype: str, *, rows: int, head_dim: int, value_dim: int, threads: int) -> None:
+        load(dtype)
+        self._tile = host_tile(dtype)
+        self._shape = (head_dim, value_dim)
+        size_bytes = self._tile.scratch_bytes(rows, head_dim, value_dim)
+        self._scratch = deque(_aligned(size_bytes, dtype) for _ in range(threads))
+        self._pool = ThreadPoolExecutor(threads, thread_name_prefix="cqsa-kernel")
+        self._threads = threads
+
+    def accumulate(
+        self,
+        queries: np.ndarray,
+        query_start: int,
+        blocks: Sequence[KeyBlock],
+        state: BlockStatistics,
+        *,
+        diagonal: int,
+        scale: float,
+    ) -> None:
+        """See ``Kernel.accumulate``."""
+        batches, heads, rows, _ = queries.shape
+        step = self._tile.rows * group_panels(self._tile, rows, *self._shape)
+        # Last rows first: under a causal mask they see most keys, and long items at the end would leave threads idle.
+        items = deque(
+            (b, h, start) for start in reversed(range(0, rows, step)) for b in range(batches) for h in range(heads)
+        )
+
+        def work() -> None:
+            scratch = self._scratch.popleft()
+            try:
+                while items:
+                    try:
+                        b, h, start = items.popleft()
+                    except IndexError:  # another thread took the last item
+                        return
+                    part = slice(start, start + step)
+                    pieces = _pieces(blocks, b, h)
+                    attend_group(
+                        queries[b, h, part], query_start + start, pieces, diagonal, scale,
+                        state.acc[b, h, part], state.m[b, h, part], state.l[b, h, part], scratch,
+                    )  # fmt: skip
+            finally:
+                self._scratch.append(scratch)
+
+        futures = [self._pool.submit(work) for _ in range(min(self._threads, len(items)))]
+        try:
+            wait(futures)
+        finally:
+            items.clear()  # interrupted: let each thread finish its item and stop
+            wait(futures)
+        for future in futures:
+            future.result()
+
+    def close(self) -> None:
+        """Stop the threads and release the scratch."""
+        self._pool.shutdown()
+        self._scratch.clear()
+
+
+def _pieces(blocks: Sequence[KeyBlock], batch: int, head: int) -> np.ndarray:
+    """The (address, stride, address, stride, tokens, first token) rows that ``attend_group`` takes."""
+    rows = []
+    for block in blocks:
+        keys, values = block.keys[batch, head], block.values[batch, head]
+        rows.append(
+            (keys.ctypes.data, keys.strides[0], values.ctypes.data, values.strides[0], keys.shape[0], block.start)
+        )
+    return np.array(rows, np.int64).reshape(-1, 6)
