@@ -1,0 +1,33 @@
+"""Storage: arrays in memory, in maps and in HDF5 files as sources of blocks, and outputs that are written in place.
+
+Knows nothing of attention. Importing it imports no h5py: that happens when a file is opened.
+"""
+
+from .adapters import as_source
+from .hdf5 import DiskArray, OpenedFile, dataset, open_file, split_reference
+from .info import FileInfo, describe
+from .layout import LAYOUTS, Layout, Shape4, parse_layout
+from .output import ArraySink, OutputFile, Sink
+from .source import TokenSource
+from .synthetic import InputSpec, make_inputs
+
+__all__ = [
+    "LAYOUTS",
+    "ArraySink",
+    "DiskArray",
+    "FileInfo",
+    "InputSpec",
+    "Layout",
+    "OpenedFile",
+    "OutputFile",
+    "Shape4",
+    "Sink",
+    "TokenSource",
+    "as_source",
+    "dataset",
+    "describe",
+    "make_inputs",
+    "open_file",
+    "parse_layout",
+    "split_reference",
+]

@@ -1,0 +1,174 @@
+"""The ways to run a problem: a cover, its chunks, which heads go together and where states live."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+from ..cover import Cover, CqsCover, RectangularCover, perfect_sizes, set_size
+from ..ranges import Cut
+from .cost import Rates, Traffic, Work, estimate_s, traffic
+from .memory import TILE_TOKENS, MemoryTerm, Residency, memory_terms, state_row_bytes, total_bytes
+from .problem import Problem
+
+# More chunks than this never pay on one machine, and difference sets past it take longer to find than to use.
+MOST_CHUNKS = 1 << 20
+# Keys of one step of the rectangular cover: each step merges into the state once, so longer steps round less.
+KEY_BLOCK_TOKENS = 32768
+
+
+@dataclass(frozen=True, slots=True)
+class Machine:
+    """What the planner knows of the computing machine."""
+
+    threads: int
+    cache_bytes: int
+    rates: Rates
+
+
+@dataclass(frozen=True, slots=True)
+class Candidate:
+    """One way to run a problem, with its price.
+
+    ``query_parts`` and ``key_parts`` cut the tokens; ``batches`` x ``heads`` go through the cover together, the groups one
+    after the other; ``states_on_disk`` is where partial states wait between tasks.
+    """
+
+    cover: str
+    query_parts: int
+    key_parts: int
+    batches: int
+    heads: int
+    states_on_disk: bool
+    residency: Residency
+    terms: tuple[MemoryTerm, ...]
+    traffic: Traffic
+    scratch_bytes: int
+    estimated_s: float
+
+    @property
+    def memory_bytes(self) -> int:
+        return total_bytes(self.terms)
+
+    def build_cover(self, problem: Problem) -> Cover:
+        """The cover of one group of heads."""
+        queries = Cut(problem.query_tokens, self.query_parts, TILE_TOKENS)
+        keys = Cut(problem.key_tokens, self.key_parts, TILE_TOKENS)
+        return (CqsCover if self.cover == "cqs" else RectangularCover)(queries, keys, problem.mask)
+
+
+def head_groups(problem: Problem) -> list[tuple[int, int]]:
+    """(batches, heads) that may go through the cover together, largest first."""
+    groups = [(problem.batch, problem.heads), (1, problem.heads)]
+    heads = problem.heads
+    while heads > 1 and not problem.token_major:
+        heads = -(-heads // 2)
+        groups.append((1, heads))
+    return list(dict.fromkeys(groups))
+
+
+def _tiles(tokens: int) -> int:
+    return -(-tokens // TILE_TOKENS)
+
+
+def _live_fraction(problem: Problem) -> float:
+    """How much of a triangle a causal mask leaves, for key loads; 1 for full attention."""
+    return problem.pairs / (problem.batch * problem.heads * problem.query_tokens * problem.key_tokens)
+
+
+def cqs_candidate(problem: Problem, machine: Machine, group: tuple[int, int], chunks: int, on_disk: bool) -> Candidate:
+    """CQS Divide with ``chunks`` chunks: the key chunks of a quorum stay, query chunks and their states pass through."""
+    heads, size = group[0] * group[1], set_size(chunks)
+    queries, keys = (Cut(n, chunks, TILE_TOKENS) for n in (problem.query_tokens, problem.key_tokens))
+    state_rows = queries.longest if on_disk else problem.query_tokens
+    residency = Residency(heads, queries.longest, keys.longest, size, state_rows, machine.threads)
+    groups = problem.batch * problem.heads / heads
+    loads = 1.0 if chunks == 1 else float(size)
+    moves = loads if on_disk else 0.0
+    work = Work(loads, loads, moves, int(groups * chunks * size), queries.longest)
+    return _priced("cqs", problem, machine, group, (chunks, chunks), on_disk, residency, work)
+
+
+def rectangular_candidate(
+    problem: Problem, machine: Machine, group: tuple[int, int], query_tile: int, key_block: int
+) -> Candidate:
+    """Query tiles of about ``query_tile`` tokens and their states stay, key blocks of about ``key_block`` pass."""
+    heads = group[0] * group[1]
+    parts = (-(-problem.query_tokens // query_tile), -(-problem.key_tokens // key_block))
+    queries, keys = (
+        Cut(n, p, TILE_TOKENS) for n, p in zip((problem.query_tokens, problem.key_tokens), parts, strict=True)
+    )
+    residency = Residency(heads, queries.longest, keys.longest, 1, queries.longest, machine.threads)
+    groups = problem.batch * problem.heads / heads
+    passes = 1.0 if parts[0] == 1 else max(1.0, parts[0] * _live_fraction(problem))
+    work = Work(1.0, passes, 0.0, int(groups * parts[0] * parts[1]), queries.longest)
+    return _priced("rectangular", problem, machine, group, parts, False, residency, work)
+
+
+def _priced(
+    cover: str,
+    problem: Problem,
+    machine: Machine,
+    group: tuple[int, int],
+    parts: tuple[int, int],
+    on_disk: bool,
+    residency: Residency,
+    work: Work,
+) -> Candidate:
+    scratch = 2 * residency.heads * problem.query_tokens * state_row_bytes(problem) if on_disk else 0
+    return Candidate(
+        cover, *parts, *group, on_disk, residency, memory_terms(problem, residency), traffic(problem, work), scratch,
+        estimate_s(problem, residency, work, machine.rates, machine.cache_bytes),
+    )  # fmt: skip
+
+
+def chunk_counts(problem: Problem) -> list[int]:
+    """The numbers of chunks with a perfect difference set, no more than there are tiles."""
+    tiles = max(1, min(_tiles(problem.query_tokens), _tiles(problem.key_tokens)))
+    return perfect_sizes(min(tiles, MOST_CHUNKS))
+
+
+def cqs_candidates(problem: Problem, machine: Machine, budget_bytes: int, chunks: int | None) -> Iterator[Candidate]:
+    """For each group and place of states the smallest number of chunks that fits, which moves least."""
+    counts = chunk_counts(problem) if chunks is None else [chunks]
+    for group in head_groups(problem):
+        for on_disk in (False, True):
+
+            def build(index: int, group: tuple[int, int] = group, on_disk: bool = on_disk) -> Candidate:
+                return cqs_candidate(problem, machine, group, counts[index], on_disk)
+
+            index = first_fitting(len(counts), lambda i, build=build: build(i).memory_bytes <= budget_bytes)
+            if index is not None:
+                yield build(index)
+
+
+def first_fitting(count: int, fits: Callable[[int], bool]) -> int | None:
+    """The first index below ``count`` that fits, where all after a fitting one fit too; None if none does."""
+    if not count or not fits(count - 1):
+        return None
+    low, high = 0, count - 1
+    while low < high:
+        middle = (low + high) // 2
+        low, high = (low, middle) if fits(middle) else (middle + 1, high)
+    return low
+
+
+def rectangular_candidates(problem: Problem, machine: Machine, budget_bytes: int) -> Iterator[Candidate]:
+    """For each group the largest query tile that fits beside a key block of a quarter of the rest, at most."""
+    query_tiles, key_tiles = _tiles(problem.query_tokens), _tiles(problem.key_tokens)
+    in_place = problem.k.in_place and problem.v.in_place
+    for group in head_groups(problem):
+        for block_tiles in [key_tiles] if in_place else _halvings(min(key_tiles, KEY_BLOCK_TOKENS // TILE_TOKENS)):
+
+            def build(parts_index: int, group: tuple[int, int] = group, block: int = block_tiles) -> Candidate:
+                tile = -(-query_tiles // (parts_index + 1)) * TILE_TOKENS
+                return rectangular_candidate(problem, machine, group, tile, block * TILE_TOKENS)
+
+            index = first_fitting(query_tiles, lambda i, build=build: build(i).memory_bytes <= budget_bytes)
+            if index is not None:
+                yield build(index)
+
+
+def _halvings(tiles: int) -> list[int]:
+    """tiles, half of it, a quarter, ... 1."""
+    return list(dict.fromkeys(max(1, tiles >> shift) for shift in range(tiles.bit_length())))

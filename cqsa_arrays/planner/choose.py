@@ -1,0 +1,87 @@
+"""Choosing: the cheapest way that fits the budget, by the rule of the design, or a refusal that names what would fit."""
+
+from __future__ import annotations
+
+from ..errors import ArgumentError, BudgetError
+from ..units import format_bytes
+from .candidates import (
+    Candidate,
+    Machine,
+    chunk_counts,
+    cqs_candidate,
+    cqs_candidates,
+    head_groups,
+    rectangular_candidate,
+    rectangular_candidates,
+)
+from .memory import TILE_TOKENS
+from .plan import Budget, Plan
+from .problem import Problem
+
+COVERS = ("auto", "cqs", "rectangular")
+# CQS Divide is the default; it gives way where it is priced this much slower or writes this many times the output.
+SLOWER = 1.05
+WRITES = 2.0
+
+
+def choose(problem: Problem, budget: Budget, machine: Machine, *, cover: str, chunks: int | None, device: str) -> Plan:
+    """The plan for ``problem`` within ``budget``; pure arithmetic, no I/O.
+
+    Raises ArgumentError for an unknown ``cover`` or number of ``chunks``, BudgetError where nothing fits.
+    """
+    if cover not in COVERS:
+        raise ArgumentError("cover", repr(cover), f"one of {', '.join(COVERS)}", "'auto' lets the planner choose.")
+    if chunks is not None and chunks < 1:
+        raise ArgumentError("chunks", chunks, "at least 1", "Leave it out to let the planner choose.")
+    found = {
+        "cqs": _cheapest(list(cqs_candidates(problem, machine, budget.memory_bytes, chunks))),
+        "rectangular": _cheapest(list(rectangular_candidates(problem, machine, budget.memory_bytes))),
+    }
+    chosen, reason = _select(found["cqs"], found["rectangular"], cover)
+    if chosen is None:
+        raise _refusal(problem, budget, machine, cover, chunks)
+    alternative = found["rectangular" if chosen.cover == "cqs" else "cqs"]
+    return Plan(problem, device, budget, chosen, alternative, reason)
+
+
+def _cheapest(candidates: list[Candidate]) -> Candidate | None:
+    return min(candidates, key=lambda c: c.estimated_s, default=None)
+
+
+def _select(cqs: Candidate | None, rectangular: Candidate | None, cover: str) -> tuple[Candidate | None, str]:
+    if cover == "cqs":
+        return cqs, "asked for"
+    if cover == "rectangular":
+        return rectangular, "asked for"
+    if cqs is None or rectangular is None:
+        return (cqs or rectangular), "the only cover that fits the budget"
+    written, output = cqs.traffic.state_written_bytes, cqs.traffic.output_written_bytes
+    if cqs.states_on_disk and written > WRITES * output:
+        return rectangular, f"cqs would write {format_bytes(written)} of states for {format_bytes(output)} of output"
+    if cqs.estimated_s > SLOWER * rectangular.estimated_s:
+        return rectangular, f"cqs is priced {cqs.estimated_s / rectangular.estimated_s - 1:.0%} slower"
+    return cqs, "the default; not priced over 5 % slower than the other"
+
+
+def _refusal(problem: Problem, budget: Budget, machine: Machine, cover: str, chunks: int | None) -> BudgetError:
+    """Names the largest term of the smallest plan and the smallest budget that works."""
+    smallest = min(_smallest(problem, machine, cover, chunks), key=lambda c: c.memory_bytes)
+    largest = max(smallest.terms, key=lambda term: term.size_bytes)
+    return BudgetError(
+        f"memory: this problem does not fit {format_bytes(budget.memory_bytes)} ({budget.origin}); its smallest plan"
+        f" ({smallest.cover}) needs {smallest.memory_bytes} bytes ({format_bytes(smallest.memory_bytes)}), of which"
+        f' "{largest.name}" {format_bytes(largest.size_bytes)}.'
+        f" Pass memory={smallest.memory_bytes} or more."
+    )
+
+
+def _smallest(problem: Problem, machine: Machine, cover: str, chunks: int | None) -> list[Candidate]:
+    group = head_groups(problem)[-1]
+    found = []
+    if cover != "rectangular":
+        count = chunks or chunk_counts(problem)[-1]
+        found += [cqs_candidate(problem, machine, group, count, on_disk) for on_disk in (False, True)]
+    if cover != "cqs":
+        keys = problem.key_tokens if problem.k.in_place and problem.v.in_place else TILE_TOKENS
+        found.append(rectangular_candidate(problem, machine, group, TILE_TOKENS, keys))
+    return found

@@ -1,0 +1,81 @@
+"""What a plan moves and how long it should take: only good enough to choose between covers."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from .memory import Residency, state_row_bytes
+from .problem import Problem
+
+
+@dataclass(frozen=True, slots=True)
+class Rates:
+    """What the machine does, a second. Until the machine is calibrated these are typical figures of one server core."""
+
+    float32_flops_per_thread: float = 150e9
+    float64_flops_per_thread: float = 70e9
+    disk_read_bytes: float = 1.9e9
+    disk_write_bytes: float = 1.2e9
+    cached_bytes: float = 8e9
+    step_s: float = 1e-4
+
+    def flops(self, dtype: str, threads: int) -> float:
+        per_thread = self.float32_flops_per_thread if dtype == "float32" else self.float64_flops_per_thread
+        return per_thread * threads
+
+
+@dataclass(frozen=True, slots=True)
+class Traffic:
+    """Bytes that a run moves between memory and files; 0 for arrays that are used where they lie."""
+
+    input_read_bytes: int
+    state_read_bytes: int
+    state_written_bytes: int
+    output_written_bytes: int
+
+    @property
+    def total_bytes(self) -> int:
+        return self.input_read_bytes + self.state_read_bytes + self.state_written_bytes + self.output_written_bytes
+
+
+@dataclass(frozen=True, slots=True)
+class Work:
+    """How a cover repeats itself: how often each token is loaded, and in how many kernel calls of how many rows."""
+
+    query_loads: float
+    key_loads: float
+    state_moves: float
+    steps: int
+    rows_per_step: int
+
+
+def traffic(problem: Problem, work: Work) -> Traffic:
+    """Bytes moved; causal masks leave out what no row sees, which ``work`` has taken into account."""
+    key_bytes = problem.k.file_bytes + problem.v.file_bytes
+    state_bytes = problem.batch * problem.heads * problem.query_tokens * state_row_bytes(problem)
+    moves = max(0.0, work.state_moves)
+    return Traffic(
+        input_read_bytes=int(work.query_loads * problem.q.file_bytes + work.key_loads * key_bytes),
+        state_read_bytes=int(moves * state_bytes),
+        state_written_bytes=int(moves * state_bytes),
+        output_written_bytes=0 if problem.result.in_memory else problem.output_bytes,
+    )
+
+
+def estimate_s(problem: Problem, residency: Residency, work: Work, rates: Rates, cache_bytes: int) -> float:
+    """Seconds: arithmetic and disk side by side, then what cannot overlap: first loads, copies, calls."""
+    moved = traffic(problem, work)
+    once = problem.q.file_bytes + problem.k.file_bytes + problem.v.file_bytes
+    # What fits the page cache is read from the disk once.
+    disk_read = min(once, moved.input_read_bytes) if once <= cache_bytes else moved.input_read_bytes
+    disk_s = disk_read / rates.disk_read_bytes + moved.output_written_bytes / rates.disk_write_bytes
+    state_bytes = moved.state_read_bytes + moved.state_written_bytes
+    if state_bytes and 2 * once > cache_bytes:
+        disk_s += moved.state_read_bytes / rates.disk_read_bytes + moved.state_written_bytes / rates.disk_write_bytes
+    copies_s = (moved.input_read_bytes + state_bytes) / rates.cached_bytes
+    items = residency.heads * max(1, -(-work.rows_per_step // 768))
+    idle = -(-items // residency.threads) * residency.threads / items
+    compute_s = problem.flops / rates.flops(problem.compute_dtype, residency.threads) * idle
+    first_rows = residency.heads * residency.key_chunk * residency.key_slots * problem.compute_itemsize
+    first_s = first_rows * (problem.head_dim + problem.value_dim) / rates.disk_read_bytes if once else 0.0
+    return max(compute_s, disk_s) + copies_s + first_s + work.steps * rates.step_s

@@ -1,0 +1,68 @@
+"""Memory as a table: every allocation of a run is a term, and the bound is their sum."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from ..kernels.cpu.tiles import BLOCK_KEYS, largest_scratch_bytes
+from .problem import Problem
+
+# Chunk borders are multiples of this many tokens: whole query panels and key blocks of every CPU kernel.
+TILE_TOKENS = BLOCK_KEYS
+# Rows are finalised (divided and narrowed) in pieces whose float arrays are about this large.
+OUTPUT_PIECE_BYTES = 1 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class MemoryTerm:
+    """One allocation, or several alike."""
+
+    name: str
+    size_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class Residency:
+    """How much of what is resident at once, in tokens of ``heads`` (batch, head) pairs."""
+
+    heads: int
+    query_chunk: int
+    key_chunk: int
+    key_slots: int
+    state_rows: int
+    threads: int
+
+
+def state_row_bytes(problem: Problem) -> int:
+    """One row's ``acc``, ``m`` and ``l``."""
+    return (problem.value_dim + 2) * problem.compute_itemsize
+
+
+def output_piece_rows(problem: Problem) -> int:
+    """Rows of one head that are finalised at once."""
+    return max(1, OUTPUT_PIECE_BYTES // (problem.value_dim * problem.compute_itemsize))
+
+
+def memory_terms(problem: Problem, residency: Residency) -> tuple[MemoryTerm, ...]:
+    """The table of a run on the CPU; terms of nothing are left out."""
+    r, size = residency, problem.compute_itemsize
+    key_rows = r.heads * r.key_chunk * r.key_slots
+    piece = min(output_piece_rows(problem), r.query_chunk)
+    scratch = largest_scratch_bytes(problem.compute_dtype, r.query_chunk, problem.head_dim, problem.value_dim)
+    staging = max(operand.staging_bytes for operand in (problem.q, problem.k, problem.v))
+    terms = (
+        MemoryTerm("key chunks", 0 if problem.k.in_place else key_rows * problem.head_dim * size),
+        MemoryTerm("value chunks", 0 if problem.v.in_place else key_rows * problem.value_dim * size),
+        MemoryTerm("query chunk", 0 if problem.q.in_place else r.heads * r.query_chunk * problem.head_dim * size),
+        MemoryTerm("states", r.heads * r.state_rows * state_row_bytes(problem)),
+        MemoryTerm("kernel scratch", r.threads * scratch),
+        MemoryTerm("output piece", piece * (problem.value_dim + 2) * size),
+        MemoryTerm("read and write staging", staging + problem.result.staging_bytes),
+        MemoryTerm("result", problem.output_bytes if problem.result.in_memory else 0),
+    )
+    return tuple(term for term in terms if term.size_bytes)
+
+
+def total_bytes(terms: tuple[MemoryTerm, ...]) -> int:
+    """The bound."""
+    return sum(term.size_bytes for term in terms)

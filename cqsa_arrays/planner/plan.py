@@ -1,0 +1,150 @@
+"""The plan: what will run, what it needs and what else was considered. Readable, and JSON."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import asdict, dataclass
+
+from ..cover import Cover, set_size
+from ..masks import Causal
+from ..ranges import Range
+from ..units import format_bytes, format_seconds
+from .candidates import Candidate
+from .memory import TILE_TOKENS
+from .problem import Problem
+
+
+@dataclass(frozen=True, slots=True)
+class Budget:
+    """Bytes that the run may hold resident, where they come from, and the directory for states that do not fit."""
+
+    memory_bytes: int
+    origin: str
+    scratch: str
+
+
+@dataclass(frozen=True, slots=True)
+class Group:
+    """Heads that go through the cover together."""
+
+    batch: Range
+    heads: Range
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """How one attention problem will be run. ``print(plan)`` shows it; the same plan gives the same bits."""
+
+    problem: Problem
+    device: str
+    budget: Budget
+    chosen: Candidate
+    alternative: Candidate | None
+    reason: str
+
+    @property
+    def cover_name(self) -> str:
+        return self.chosen.cover
+
+    @property
+    def memory_bytes(self) -> int:
+        """The bound on resident memory that the run adds to the process."""
+        return self.chosen.memory_bytes
+
+    @property
+    def groups(self) -> tuple[Group, ...]:
+        """The groups of heads, in the order in which they run."""
+        batches = Range(0, self.problem.batch).split(self.chosen.batches)
+        heads = Range(0, self.problem.heads).split(self.chosen.heads)
+        return tuple(Group(b, h) for b in batches for h in heads)
+
+    def build_cover(self) -> Cover:
+        """The cover of one group."""
+        return self.chosen.build_cover(self.problem)
+
+    @property
+    def identity(self) -> str:
+        """A short name of everything that decides the bits: problem, cover, chunks, groups."""
+        c = self.chosen
+        parts = (c.cover, c.query_parts, c.key_parts, c.batches, c.heads, TILE_TOKENS)
+        text = json.dumps([self.problem.to_dict(), self.device, parts], sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+    def to_dict(self) -> dict[str, object]:
+        """For JSON."""
+        return {
+            "identity": self.identity,
+            "device": self.device,
+            "problem": self.problem.to_dict(),
+            "budget": asdict(self.budget),
+            "memory_bytes": self.memory_bytes,
+            "flops": self.problem.flops,
+            "reason": self.reason,
+            "chosen": asdict(self.chosen),
+            "alternative": asdict(self.alternative) if self.alternative else None,
+        }
+
+    def to_json(self) -> str:
+        """The plan as JSON text."""
+        return json.dumps(self.to_dict(), indent=1)
+
+    def __str__(self) -> str:
+        lines = [*self._problem_lines(), "", *self._cover_lines(), "", *self._memory_lines(), "", *self._price_lines()]
+        return "\n".join(lines)
+
+    def _problem_lines(self) -> list[str]:
+        p = self.problem
+        mask = f"causal, offset {p.mask.offset}" if isinstance(p.mask, Causal) else "full"
+        return [
+            f"plan {self.identity} on {self.device}, {self.chosen.residency.threads} threads",
+            f"  attention    batch {p.batch}, heads {p.heads}, queries {p.query_tokens:,}, keys {p.key_tokens:,},"
+            f" D {p.head_dim}, Dv {p.value_dim}, {mask}",
+            f"  arithmetic   {p.q.dtype} -> {p.compute_dtype}, {p.flops:.3g} floating-point operations",
+            *(f"  {name:<12} {getattr(p, name).description}" for name in ("q", "k", "v")),
+            f"  output       {p.result.description}, {p.result.dtype}, {format_bytes(p.output_bytes)}",
+        ]
+
+    def _cover_lines(self) -> list[str]:
+        c, p = self.chosen, self.problem
+        if c.cover == "cqs":
+            size = set_size(c.query_parts)
+            shape = f"{c.query_parts:,} tasks of {size} chunks ({size / c.query_parts:.1%} of the tokens)"
+        else:
+            shape = f"{c.query_parts:,} query tiles, each against {c.key_parts:,} key blocks"
+        places = "in a scratch file, two slots each" if c.states_on_disk else "in memory"
+        groups = len(self.groups)
+        together = f"{c.batches * c.heads} of {p.batch * p.heads} heads together, {groups} group{'s' * (groups > 1)}"
+        return [
+            f"  cover        {c.cover}: {shape}",
+            f"  chunks       {c.residency.query_chunk:,} query and {c.residency.key_chunk:,} key tokens",
+            f"  heads        {together}",
+            f"  states       {places}",
+            f"  why          {self.reason}",
+        ]
+
+    def _memory_lines(self) -> list[str]:
+        terms = [f"    {term.name:<24}{format_bytes(term.size_bytes):>12}" for term in self.chosen.terms]
+        budget = f"{format_bytes(self.budget.memory_bytes)} ({self.budget.origin})"
+        return [
+            "  memory",
+            *terms,
+            f"    {'total':<24}{format_bytes(self.memory_bytes):>12}  of {budget}",
+        ]
+
+    def _price_lines(self) -> list[str]:
+        header = f"  {'price':<16}{'time':>12}{'inputs read':>14}{'states moved':>14}{'written':>12}{'disk space':>12}"
+        rows = [header, self._price_row(self.chosen, "chosen")]
+        if self.alternative is not None:
+            rows.append(self._price_row(self.alternative, "not chosen"))
+        return rows
+
+    def _price_row(self, c: Candidate, remark: str) -> str:
+        t = c.traffic
+        disk = c.scratch_bytes + t.output_written_bytes
+        cells = (
+            f"{format_seconds(c.estimated_s):>12}", f"{format_bytes(t.input_read_bytes):>14}",
+            f"{format_bytes(t.state_read_bytes + t.state_written_bytes):>14}",
+            f"{format_bytes(t.output_written_bytes):>12}", f"{format_bytes(disk):>12}",
+        )  # fmt: skip
+        return f"    {c.cover:<14}{''.join(cells)}  {remark}"

@@ -1,0 +1,168 @@
+"""Chunked, compressed and other data that only HDF5 can read, block by block through h5py.
+
+Imported only when such a data set is at hand: this module imports h5py.
+"""
+
+from __future__ import annotations
+
+import itertools
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import h5py
+import numpy as np
+from h5py import h5s
+
+from ..errors import StorageError
+from ..ranges import Range
+from .dtypes import check_widening, piece_rows
+from .layout import Shape4
+from .rawfile import RawFile, coalesce
+from .source import no_view
+from .stored import StoredArray
+
+CACHE_LIMIT_BYTES = 16 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class ChunkGrid:
+    """How a stored array is cut into the boxes that are read at a time, in (batch, heads, tokens, head_dim).
+
+    ``chunk`` is HDF5's chunk; a box is one chunk wide in batch and heads, has all of head_dim, and as many whole chunks
+    of tokens as fit in a conversion piece, at least one. So each chunk is decompressed once for each read.
+    """
+
+    chunk: Shape4
+    box: Shape4
+    row_bytes: int
+
+    @property
+    def box_bytes(self) -> int:
+        return self.box[0] * self.box[1] * self.box[2] * self.row_bytes
+
+    @property
+    def chunk_row_bytes(self) -> int:
+        """Bytes of one chunk and of those beside it along head_dim."""
+        return self.chunk[0] * self.chunk[1] * self.chunk[2] * self.row_bytes
+
+    def boxes(self, batch: Range, heads: Range, tokens: Range) -> Iterator[tuple[Range, Range, Range]]:
+        """The parts of boxes that hold these tokens."""
+        wide, high, long, _ = self.box
+        return itertools.product(_aligned(batch, wide), _aligned(heads, high), _aligned(tokens, long))
+
+
+def chunk_grid(stored: StoredArray) -> ChunkGrid:
+    """The grid of ``stored``; data without chunks are read as if cut by rows."""
+    b, h, n, d = stored.logical_shape
+    row = (1, h if stored.token_major else 1, 1, d)
+    chunk = stored.layout.logical_shape(stored.chunks) if stored.chunks else row
+    row_bytes = d * stored.dtype.itemsize
+    wide, high, long, _ = (min(c, length) for c, length in zip(chunk, (b, h, n, d), strict=True))
+    chunks_at_once = piece_rows(wide * high * long * row_bytes)
+    return ChunkGrid(chunk, (wide, high, max(1, min(n, long * chunks_at_once)), d), row_bytes)
+
+
+def cache_bytes(stored: StoredArray) -> int:
+    """Size for HDF5's chunk cache: one row of chunks, so that short reads in order decompress each chunk once.
+
+    Rows over 16 MiB are not cached.
+    """
+    row = chunk_grid(stored).chunk_row_bytes if stored.chunks else 0
+    return row if row <= CACHE_LIMIT_BYTES else 0
+
+
+class ChunkedSource:
+    """A TokenSource over an open h5py ``dataset`` with the facts ``stored``; closes its file if ``owns_file``."""
+
+    in_place = False
+
+    def __init__(self, dataset: h5py.Dataset, stored: StoredArray, *, owns_file: bool) -> None:
+        self._dataset, self._stored, self._owns_file = dataset, stored, owns_file
+        self._memory_type = dataset.id.get_type()
+        self._grid = chunk_grid(stored)
+        self._file = RawFile(stored.path, stored.label) if os.path.isfile(stored.path) else None
+        how = ", ".join((stored.not_mapped or stored.kind, *stored.filters))
+        self.description = f"{stored.label}, {how}, block reads through h5py"
+        self.identity = stored.identity
+        self.bytes_read = 0
+
+    @property
+    def shape(self) -> Shape4:
+        return self._stored.logical_shape
+
+    @property
+    def dtype(self) -> np.dtype:
+        return self._stored.dtype
+
+    @property
+    def token_major(self) -> bool:
+        return self._stored.token_major
+
+    def staging_bytes(self, compute_dtype: np.dtype) -> int:
+        """One box, HDF5's chunk cache, and the two copies of a chunk that pass through its filters."""
+        if not self._stored.chunks:
+            return self._grid.box_bytes
+        cache = self._dataset.id.get_access_plist().get_chunk_cache()[1]
+        chunk = int(np.prod(self._stored.chunks)) * self.dtype.itemsize
+        return self._grid.box_bytes + cache + 2 * chunk
+
+    def read(self, batch: Range, heads: Range, tokens: Range, out: np.ndarray) -> None:
+        check_widening(self.dtype, out.dtype, self._stored.label)
+        most = min(self._grid.box_bytes, len(batch) * len(heads) * len(tokens) * self._grid.row_bytes)
+        stage = np.empty(most // self.dtype.itemsize, self.dtype)
+        for b, h, t in self._grid.boxes(batch, heads, tokens):
+            where = tuple(slice(r.start - o.start, r.stop - o.start) for r, o in ((b, batch), (h, heads), (t, tokens)))
+            np.copyto(out[where], self._read_box(b, h, t, stage))
+
+    def _read_box(self, batch: Range, heads: Range, tokens: Range, stage: np.ndarray) -> np.ndarray:
+        """The elements of one box in ``stage``, as a logical view, with their stored bits untouched."""
+        layout = self._stored.layout
+        start = layout.order((batch.start, heads.start, tokens.start, 0))
+        count = layout.order((len(batch), len(heads), len(tokens), self.shape[3]))
+        block = stage[: int(np.prod(count))].reshape(count)
+        space = self._dataset.id.get_space()
+        space.select_hyperslab(start, count)
+        try:
+            self._dataset.id.read(h5s.create_simple(count), space, block, self._memory_type)
+        except OSError as error:
+            place = f"tokens {tokens.start} to {tokens.stop}"
+            raise StorageError(f"{self._stored.label}: {place} cannot be read: {error}") from error
+        self.bytes_read += block.nbytes
+        return layout.logical(block)
+
+    def view(self, batch: Range, heads: Range, tokens: Range) -> np.ndarray:
+        raise no_view(self)
+
+    def prefetch(self, batch: Range, heads: Range, tokens: Range) -> None:
+        if self._file is not None and self._stored.chunks:
+            self._file.read_ahead(coalesce(self._chunk_spans(batch, heads, tokens)))
+
+    def close(self) -> None:
+        if self._owns_file:
+            self._dataset.file.close()
+        if self._file is not None:
+            self._file.close()
+
+    def _chunk_spans(self, batch: Range, heads: Range, tokens: Range) -> Iterator[tuple[int, int]]:
+        """Where the stored chunks of these tokens lie in the file; each look-up takes h5py's lock for itself."""
+        wanted = (batch, heads, tokens, Range(0, self.shape[3]))
+        cuts = (range(r.start // size * size, r.stop, size) for r, size in zip(wanted, self._grid.chunk, strict=True))
+        for b, h, n, d in itertools.product(*cuts):
+            chunk = self._dataset.id.get_chunk_info_by_coord(self._stored.layout.order((b, h, n, d)))
+            if chunk.byte_offset is not None:
+                yield chunk.byte_offset, chunk.byte_offset + chunk.size
+
+
+def open_chunked(stored: StoredArray, locking: bool | str | None) -> ChunkedSource:
+    """Open the file of ``stored`` again, with a chunk cache of the right size, for reading block by block."""
+    try:
+        file = h5py.File(stored.path, "r", rdcc_nbytes=cache_bytes(stored), rdcc_w0=1.0, locking=locking)
+    except OSError as error:
+        raise StorageError(f"{stored.path}: cannot be opened again: {error}") from error
+    return ChunkedSource(file[stored.name], stored, owns_file=True)
+
+
+def _aligned(wanted: Range, size: int) -> list[Range]:
+    """``wanted``, cut at every multiple of ``size``."""
+    return [wanted & Range(s, s + size) for s in range(wanted.start // size * size, wanted.stop, size)]

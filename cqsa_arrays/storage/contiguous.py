@@ -1,0 +1,76 @@
+"""Contiguous data in a file, read by position: no HDF5 and no lock in the loop."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from ..ranges import Range
+from .dtypes import check_widening
+from .layout import Shape4
+from .rawfile import RawFile, coalesce
+from .rows import Rows, Run
+from .source import no_view
+
+
+class ContiguousSource:
+    """A TokenSource over ``rows`` of the file at ``path``.
+
+    Blocks of the stored type whose memory lies as the file does are read straight into place. Others pass through a
+    piece of at most 1 MiB (or one row, where that is longer). Where only some heads of a token-major row are wanted,
+    the rest is read and dropped, which is faster than one call for each token.
+    """
+
+    in_place = False
+
+    def __init__(self, path: str, label: str, rows: Rows, identity: dict[str, object]) -> None:
+        self._file = RawFile(path, label)
+        self._rows = rows
+        self.identity = identity
+        self.description = f"{label}, contiguous, positioned reads"
+
+    @property
+    def shape(self) -> Shape4:
+        return self._rows.shape
+
+    @property
+    def dtype(self) -> np.dtype:
+        return self._rows.dtype
+
+    @property
+    def token_major(self) -> bool:
+        return self._rows.token_major
+
+    @property
+    def bytes_read(self) -> int:
+        return self._file.bytes_read
+
+    def staging_bytes(self, compute_dtype: np.dtype) -> int:
+        """One piece, whatever the compute type: a block may lie otherwise than the file."""
+        return self._rows.piece_tokens * self._rows.row_bytes
+
+    def read(self, batch: Range, heads: Range, tokens: Range, out: np.ndarray) -> None:
+        check_widening(self.dtype, out.dtype, self._file.label)
+        stage: np.ndarray | None = None
+        for run in self._rows.runs(batch, heads, tokens):
+            target = run.of(out)
+            if self.dtype == out.dtype and self._rows.is_whole_row(run) and target.flags.c_contiguous:
+                self._file.read_into(target, run.position)
+                continue
+            if stage is None:
+                stage = np.empty((min(len(tokens), self._rows.piece_tokens), *self._rows.row_shape), self.dtype)
+            self._read_through(run, stage, target)
+
+    def _read_through(self, run: Run, stage: np.ndarray, target: np.ndarray) -> None:
+        for piece in Range(0, len(target)).split(len(stage)):
+            part = stage[: len(piece)]
+            self._file.read_into(part, run.position + piece.start * self._rows.row_bytes)
+            np.copyto(target[piece.slice], part[:, run.pick])
+
+    def view(self, batch: Range, heads: Range, tokens: Range) -> np.ndarray:
+        raise no_view(self)
+
+    def prefetch(self, batch: Range, heads: Range, tokens: Range) -> None:
+        self._file.read_ahead(coalesce(self._rows.spans(batch, heads, tokens)))
+
+    def close(self) -> None:
+        self._file.close()

@@ -1,0 +1,170 @@
+"""Outputs: results are written in place in a file that is whole from the start and gets its name at the end."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from types import TracebackType
+from typing import Protocol, Self
+
+import numpy as np
+
+from ..ranges import Range
+from .dtypes import element_dtype
+from .layout import Layout, Shape4
+from .partfile import PartFile, check_target
+from .rawfile import RawFile
+from .rows import Rows
+
+
+class Sink(Protocol):
+    """Where results go: blocks of output rows and of their log-sum-exp, each written once, in any order."""
+
+    @property
+    def staging_bytes(self) -> int:
+        """The most bytes that one write holds besides its block."""
+
+    def write_out(self, batch: Range, heads: Range, tokens: Range, block: np.ndarray) -> None:
+        """Store ``block``, (batch, heads, tokens, head_dim), narrowed to the type of the output."""
+
+    def write_lse(self, batch: Range, heads: Range, tokens: Range, block: np.ndarray) -> None:
+        """Store ``block``, (batch, heads, tokens): natural logarithms."""
+
+    def sync(self) -> None:
+        """Return once everything written so far would survive a loss of power."""
+
+    def finish(self) -> None:
+        """Everything is written: make it the result."""
+
+    def abandon(self) -> None:
+        """Leave no trace."""
+
+
+class ArraySink:
+    """A Sink over NumPy arrays: ``out`` in ``layout``, and ``lse`` (or None) with the axes ``layout.lse_name``."""
+
+    def __init__(self, out: np.ndarray, lse: np.ndarray | None, layout: Layout) -> None:
+        self._out = layout.logical(out)
+        self._lse = None if lse is None else np.expand_dims(lse, tuple(range(3 - lse.ndim)))
+
+    @property
+    def staging_bytes(self) -> int:
+        return 0
+
+    def write_out(self, batch: Range, heads: Range, tokens: Range, block: np.ndarray) -> None:
+        np.copyto(self._out[batch.slice, heads.slice, tokens.slice], block, casting="same_kind")
+
+    def write_lse(self, batch: Range, heads: Range, tokens: Range, block: np.ndarray) -> None:
+        if self._lse is not None:
+            np.copyto(self._lse[batch.slice, heads.slice, tokens.slice], block, casting="same_kind")
+
+    def sync(self) -> None:
+        """Nothing to do: memory does not outlast the process."""
+
+    def finish(self) -> None:
+        """Nothing to do: the arrays are the result."""
+
+    def abandon(self) -> None:
+        """Nothing to do: the caller drops the arrays."""
+
+
+class OutputFile:
+    """A Sink over an HDF5 file with the contiguous data sets /out and, if wanted, /lse.
+
+    It is allocated whole as ``path + ".part"``; blocks are written into it by position, the HDF5 structure is never
+    touched again, and ``finish`` gives it its name: an unfinished file never looks finished. As a context manager it
+    abandons the file unless it was finished.
+
+    >>> with OutputFile.create(                                       # doctest: +SKIP
+    ...     "out.h5", shape=(1, 8, 4096, 64), dtype=np.dtype("f2"), layout=Layout("bhnd"), lse_dtype=np.dtype("f4"),
+    ...     attributes={"plan": {...}},
+    ... ) as sink:
+    ...     sink.write_out(Range(0, 1), Range(0, 8), Range(0, 128), block)
+    ...     sink.finish()
+    """
+
+    def __init__(self, part: PartFile, out: Rows, lse: Rows | None) -> None:
+        self._part, self._out, self._lse = part, out, lse
+
+    @classmethod
+    def create(
+        cls,
+        path: str | os.PathLike[str],
+        *,
+        shape: Shape4,
+        dtype: np.dtype,
+        layout: Layout,
+        lse_dtype: np.dtype | None,
+        attributes: Mapping[str, object],
+        overwrite: bool = False,
+        inputs: Sequence[str] = (),
+    ) -> Self:
+        """Allocate the whole output of logical ``shape`` in ``layout``, /lse with the axes ``layout.lse_name``.
+
+        ``attributes`` go to the file's root, nested ones as JSON text. ``inputs`` are paths that must not be written
+        to. An existing file stays as it is until ``finish``, and is refused without ``overwrite``. Raises ArgumentError
+        for a path that cannot be an output, StorageError where there is no room: then nothing is left behind.
+        """
+        from .create import NewDataset
+
+        check_target(path := os.fspath(path), inputs, overwrite=overwrite)
+        element_dtype(dtype, "dtype")
+        new = [NewDataset("/out", layout.physical_shape(shape), dtype, {"layout": layout.name})]
+        if lse_dtype is not None:
+            new.append(NewDataset("/lse", layout.lse_shape(shape), lse_dtype, {"layout": layout.lse_name}))
+        part = PartFile.create(path, new, attributes=attributes, links={}, overwrite=overwrite)
+        token_major = layout.tokens_outside_heads and shape[1] > 1
+        out = Rows(shape, dtype, part.offsets[0], token_major)
+        lse = None if lse_dtype is None else Rows((*shape[:3], 1), lse_dtype, part.offsets[1], token_major=False)
+        return cls(part, out, lse)
+
+    @property
+    def staging_bytes(self) -> int:
+        return self._out.piece_tokens * self._out.row_bytes
+
+    def write_out(self, batch: Range, heads: Range, tokens: Range, block: np.ndarray) -> None:
+        write_rows(self._part.file, self._out, (batch, heads, tokens), block)
+
+    def write_lse(self, batch: Range, heads: Range, tokens: Range, block: np.ndarray) -> None:
+        if self._lse is not None:
+            write_rows(self._part.file, self._lse, (batch, heads, tokens), block[..., None])
+
+    def sync(self) -> None:
+        self._part.file.sync()
+
+    def finish(self) -> None:
+        """Put everything on the disk and give the file its name; raises as PartFile.finish does."""
+        self._part.finish()
+
+    def abandon(self) -> None:
+        """Close and remove the unfinished file; after ``finish`` this does nothing."""
+        self._part.abandon()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        self.abandon()
+
+
+def write_rows(file: RawFile, rows: Rows, where: tuple[Range, Range, Range], block: np.ndarray) -> None:
+    """Write logical ``block`` to ``rows`` of ``file`` at ``where`` (batch, heads, tokens), narrowed piece by piece.
+
+    Bytes that lie together in memory, in the stored type, are written from where they are. Where ``block`` lacks heads
+    of a token-major row, each token is a write of its own, for the bytes between belong to others.
+    """
+    for run in rows.runs(*where):
+        source = run.of(block)
+        gapless = rows.is_whole_row(run)
+        if gapless and source.dtype == rows.dtype and source.flags.c_contiguous:
+            file.write_from(source, run.position)
+            continue
+        for piece in Range(0, len(source)).split(rows.piece_tokens):
+            stored = source[piece.slice].astype(rows.dtype, order="C", casting="same_kind")
+            position = run.position + piece.start * rows.row_bytes
+            if gapless:
+                file.write_from(stored, position)
+                continue
+            position += run.pick.start * stored[0, 0].nbytes
+            for t, vectors in enumerate(stored):
+                file.write_from(vectors, position + t * rows.row_bytes)

@@ -1,0 +1,129 @@
+"""Positioned reads and writes on one open file, completed where the system does less than it was asked."""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Iterable
+
+import numpy as np
+
+from ..errors import StorageError
+from .dtypes import PIECE_BYTES
+
+ADVICE_BYTES = 128 << 10
+"""Linux heeds no more than one read-ahead window (128 KiB by default) of one advice: longer runs go in steps."""
+
+
+class RawFile:
+    """An open file without any HDF5 in the way: thread safe, no shared file position where the system allows.
+
+    ``label`` names the file and data set in errors; ``bytes_read`` counts what has been read.
+    """
+
+    def __init__(self, path: str, label: str, *, write: bool = False) -> None:
+        flags = (os.O_RDWR if write else os.O_RDONLY) | getattr(os, "O_BINARY", 0)
+        try:
+            self._fd = os.open(path, flags)
+        except OSError as error:
+            raise StorageError(f"{label}: cannot open {path}: {error.strerror}") from error
+        self._lock = threading.Lock()
+        self._closed = False
+        self.label, self.bytes_read = label, 0
+
+    def read_into(self, array: np.ndarray, position: int) -> None:
+        """Fill C-contiguous ``array`` with the bytes from ``position`` on.
+
+        Raises StorageError where the file ends before, or the disk fails.
+        """
+        target = _bytes_of(array)
+        done = 0
+        while done < len(target):
+            try:
+                count = self._read_some(target[done:], position + done)
+            except OSError as error:
+                raise StorageError(f"{self.label}: reading at byte {position + done}: {error.strerror}") from error
+            if count == 0:
+                size = os.fstat(self._fd).st_size
+                raise StorageError(
+                    f"{self.label}: the file ends at byte {size}, but {len(target)} bytes were expected at byte"
+                    f" {position}. It is truncated: copy or write it again."
+                )
+            done += count
+        with self._lock:
+            self.bytes_read += done
+
+    def write_from(self, array: np.ndarray, position: int) -> None:
+        """Write C-contiguous ``array`` at ``position``. Raises StorageError where the disk is full or fails."""
+        source = _bytes_of(array)
+        done = 0
+        while done < len(source):
+            try:
+                done += self._write_some(source[done:], position + done)
+            except OSError as error:
+                raise StorageError(f"{self.label}: writing at byte {position + done}: {error.strerror}") from error
+
+    def read_ahead(self, spans: Iterable[tuple[int, int]]) -> None:
+        """Ask the system to bring the bytes ``start <= p < stop`` of each span into its page cache; maps nothing."""
+        if not hasattr(os, "posix_fadvise"):
+            return
+        for start, stop in spans:
+            for position in range(start, stop, ADVICE_BYTES):
+                size = min(ADVICE_BYTES, stop - position)
+                os.posix_fadvise(self._fd, position, size, os.POSIX_FADV_WILLNEED)
+
+    def sync(self) -> None:
+        """Return once everything written is on the disk."""
+        try:
+            os.fsync(self._fd)
+        except OSError as error:
+            raise StorageError(f"{self.label}: writing to disk: {error.strerror}") from error
+
+    def is_at(self, path: str) -> bool:
+        """Whether ``path`` still names this very file."""
+        try:
+            return os.path.samestat(os.stat(path), os.fstat(self._fd))
+        except FileNotFoundError:
+            return False
+
+    def close(self) -> None:
+        """Close the file; closing again does nothing."""
+        if not self._closed:
+            self._closed = True
+            os.close(self._fd)
+
+    def _read_some(self, target: memoryview, position: int) -> int:
+        if hasattr(os, "preadv"):
+            return os.preadv(self._fd, [target], position)
+        with self._lock:
+            os.lseek(self._fd, position, os.SEEK_SET)
+            data = os.read(self._fd, min(len(target), PIECE_BYTES))
+        target[: len(data)] = data
+        return len(data)
+
+    def _write_some(self, source: memoryview, position: int) -> int:
+        if hasattr(os, "pwrite"):
+            return os.pwrite(self._fd, source, position)
+        with self._lock:
+            os.lseek(self._fd, position, os.SEEK_SET)
+            return os.write(self._fd, source)
+
+
+def _bytes_of(array: np.ndarray) -> memoryview:
+    """The memory of C-contiguous ``array`` of any element type."""
+    return array.reshape(-1).view(np.uint8).data
+
+
+def coalesce(spans: Iterable[tuple[int, int]]) -> list[tuple[int, int]]:
+    """Spans in order of position, with adjacent and overlapping ones joined.
+
+    >>> coalesce([(8, 12), (0, 4), (4, 8), (20, 24)])
+    [(0, 12), (20, 24)]
+    """
+    joined: list[tuple[int, int]] = []
+    for start, stop in sorted(spans):
+        if joined and start <= joined[-1][1]:
+            joined[-1] = joined[-1][0], max(stop, joined[-1][1])
+        else:
+            joined.append((start, stop))
+    return joined
