@@ -1,1 +1,50 @@
-"""placeholder, replaced with the lazy public names"""
+"""Exact attention over arrays that fit neither GPU memory nor RAM, for NumPy, CuPy and HDF5.
+
+>>> import numpy as np, cqsa_arrays as cqsa
+>>> q, k, v = np.random.default_rng(0).standard_normal((3, 8, 1024, 64)).astype("float32")
+>>> out = cqsa.attention(q, k, v, causal=True)
+
+Everything is imported when it is first used: ``import cqsa_arrays`` loads neither Numba nor h5py nor CuPy.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from .version import __version__
+
+if TYPE_CHECKING:
+    from .api import attention, causal, open, plan, statistics
+    from .compare import ErrorReport, Tolerance, compare
+    from .errors import ArgumentError, BudgetError, CqsaError, StorageError
+    from .options import Options
+    from .planner import Plan
+    from .statistics import BlockStatistics, merge
+    from .verification import verify
+
+_HOMES = {
+    "api": ("attention", "causal", "open", "plan", "statistics"),
+    "compare": ("ErrorReport", "Tolerance", "compare"),
+    "errors": ("ArgumentError", "BudgetError", "CqsaError", "StorageError"),
+    "options": ("Options",),
+    "planner": ("Plan",),
+    "statistics": ("BlockStatistics", "merge"),
+    "verification": ("verify",),
+}
+_HOME_OF = {name: module for module, names in _HOMES.items() for name in names}
+
+__all__ = [
+    "ArgumentError", "BlockStatistics", "BudgetError", "CqsaError", "ErrorReport", "Options", "Plan", "StorageError",
+    "Tolerance", "__version__", "attention", "causal", "compare", "merge", "open", "plan", "statistics", "verify",
+]  # fmt: skip
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME_OF:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f".{_HOME_OF[name]}", __name__), name)
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *_HOME_OF])

@@ -50,6 +50,12 @@ class Cut:
     def __len__(self) -> int:
         return self.parts
 
+    def index_of(self, chunk: Range) -> int:
+        """The index of a chunk that is not empty."""
+        tiles = -(-self.tokens // self.tile)
+        # Chunk i begins at tile tiles * i // parts; of the chunks that begin at one tile, only the last is not empty.
+        return ((chunk.start // self.tile + 1) * self.parts - 1) // tiles
+
     @property
     def longest(self) -> int:
         """Upper bound on the tokens of any chunk, reached where the tokens are whole tiles."""

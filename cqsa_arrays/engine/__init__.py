@@ -1,0 +1,7 @@
+"""The engine runs a plan: pages inputs in, keeps states, hands out finished rows. Start reading at ``executor.run``."""
+
+from .executor import Inputs, RunReport, run
+from .progress import Progress, ProgressBar, Silent
+from .results import OutputResults, StatisticsResults
+
+__all__ = ["Inputs", "OutputResults", "Progress", "ProgressBar", "RunReport", "Silent", "StatisticsResults", "run"]

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+from ..ranges import Range
 from ..statistics import BlockStatistics
 
 
@@ -30,11 +31,13 @@ class Kernel(Protocol):
         *,
         diagonal: int,
         scale: float,
+        done: Callable[[Range], None],
     ) -> None:
         """Update ``state`` (acc (batch, heads, rows, Dv), m and l (batch, heads, rows)) in place.
 
-        ``queries`` (batch, heads, rows, D) start at token ``query_start``; row r sees the keys ``j <= r + diagonal`` of the
-        blocks; scores are ``scale * q . k``. All arrays have the state's dtype and a contiguous last axis.
+        ``queries`` (batch, heads, rows, D) start at token ``query_start``; row r sees the keys ``j <= r + diagonal`` of
+        the blocks; scores are ``scale * q . k``. All arrays have the state's dtype and a contiguous last axis. ``done``
+        is told of each part of the rows that one head has finished, from any thread.
         """
 
     def close(self) -> None:

@@ -58,7 +58,7 @@ def traffic(problem: Problem, work: Work) -> Traffic:
         input_read_bytes=int(work.query_loads * problem.q.file_bytes + work.key_loads * key_bytes),
         state_read_bytes=int(moves * state_bytes),
         state_written_bytes=int(moves * state_bytes),
-        output_written_bytes=0 if problem.result.in_memory else problem.output_bytes,
+        output_written_bytes=problem.output_bytes if problem.result.place == "file" else 0,
     )
 
 

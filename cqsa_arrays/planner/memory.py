@@ -58,7 +58,7 @@ def memory_terms(problem: Problem, residency: Residency) -> tuple[MemoryTerm, ..
         MemoryTerm("kernel scratch", r.threads * scratch),
         MemoryTerm("output piece", piece * (problem.value_dim + 2) * size),
         MemoryTerm("read and write staging", staging + problem.result.staging_bytes),
-        MemoryTerm("result", problem.output_bytes if problem.result.in_memory else 0),
+        MemoryTerm("result", problem.output_bytes if problem.result.place == "new array" else 0),
     )
     return tuple(term for term in terms if term.size_bytes)
 

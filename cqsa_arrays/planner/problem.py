@@ -31,12 +31,15 @@ class Operand:
 
 @dataclass(frozen=True, slots=True)
 class Result:
-    """What is handed out: its element type, whether it is an array in memory, and what a write holds besides its block."""
+    """What is handed out: its element type and where it goes ("new array", "array" of the caller's or "file").
+
+    ``row_scalars`` is how many numbers a row has besides its vector: 1 with log-sum-exp, 2 for statistics (m and l).
+    """
 
     dtype: str
     itemsize: int
-    in_memory: bool
-    with_lse: bool
+    place: str
+    row_scalars: int
     staging_bytes: int
     description: str
 
@@ -99,9 +102,9 @@ class Problem:
 
     @property
     def output_bytes(self) -> int:
-        """Bytes of the output and, where wanted, of its log-sum-exp."""
+        """Bytes of the result."""
         rows = self.batch * self.heads * self.query_tokens
-        return rows * (self.value_dim * self.result.itemsize + self.result.with_lse * self.compute_itemsize)
+        return rows * (self.value_dim * self.result.itemsize + self.result.row_scalars * self.compute_itemsize)
 
     def to_dict(self) -> dict[str, object]:
         """For JSON."""

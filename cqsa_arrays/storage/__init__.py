@@ -7,7 +7,7 @@ from .adapters import as_source
 from .hdf5 import DiskArray, OpenedFile, dataset, open_file, split_reference
 from .info import FileInfo, describe
 from .layout import LAYOUTS, Layout, Shape4, parse_layout
-from .output import ArraySink, OutputFile, Sink
+from .output import ArraySink, OutputFile, Sink, output_staging_bytes
 from .source import TokenSource
 from .synthetic import InputSpec, make_inputs
 
@@ -28,6 +28,7 @@ __all__ = [
     "describe",
     "make_inputs",
     "open_file",
+    "output_staging_bytes",
     "parse_layout",
     "split_reference",
 ]

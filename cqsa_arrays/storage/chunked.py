@@ -84,6 +84,7 @@ class ChunkedSource:
         self._file = RawFile(stored.path, stored.label) if os.path.isfile(stored.path) else None
         how = ", ".join((stored.not_mapped or stored.kind, *stored.filters))
         self.description = f"{stored.label}, {how}, block reads through h5py"
+        self.layout = stored.layout
         self.identity = stored.identity
         self.bytes_read = 0
 

@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import numpy as np
 
 from ..ranges import Range
 from .dtypes import check_widening
 from .layout import Shape4
 from .rawfile import RawFile, coalesce
-from .rows import Rows, Run
+from .rows import Run
 from .source import no_view
+
+if TYPE_CHECKING:
+    from .stored import StoredArray
 
 
 class ContiguousSource:
-    """A TokenSource over ``rows`` of the file at ``path``.
+    """A TokenSource over a ``stored`` array that has an offset.
 
     Blocks of the stored type whose memory lies as the file does are read straight into place. Others pass through a
     piece of at most 1 MiB (or one row, where that is longer). Where only some heads of a token-major row are wanted,
@@ -22,11 +27,12 @@ class ContiguousSource:
 
     in_place = False
 
-    def __init__(self, path: str, label: str, rows: Rows, identity: dict[str, object]) -> None:
-        self._file = RawFile(path, label)
-        self._rows = rows
-        self.identity = identity
-        self.description = f"{label}, contiguous, positioned reads"
+    def __init__(self, stored: StoredArray) -> None:
+        self._file = RawFile(stored.path, stored.label)
+        self._rows = stored.rows
+        self.layout = stored.layout
+        self.identity = stored.identity
+        self.description = f"{stored.label}, contiguous, positioned reads"
 
     @property
     def shape(self) -> Shape4:

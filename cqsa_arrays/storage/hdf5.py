@@ -94,7 +94,7 @@ class DiskArray:
         """The engine's view of this array; close it after use. Raises StorageError if the file has changed."""
         self._check_unchanged()
         if self.stored.offset is not None:
-            return ContiguousSource(self.stored.path, self.stored.label, self.stored.rows, self.stored.identity)
+            return ContiguousSource(self.stored)
         from .chunked import open_chunked
 
         return open_chunked(self.stored, self._locking)

@@ -22,6 +22,7 @@ class HostSource:
     """A TokenSource over a NumPy ``array`` in ``layout`` that lies in memory; nothing is ever copied but blocks."""
 
     def __init__(self, array: np.ndarray, layout: Layout, label: str) -> None:
+        self.layout = layout
         self._array = layout.logical(array)
         self._label = label
         self.token_major = layout.tokens_outside_heads and self._array.shape[1] > 1
@@ -76,6 +77,7 @@ class MemmapSource:
     in_place = False
 
     def __init__(self, array: np.ndarray, layout: Layout, label: str, owner: np.memmap) -> None:
+        self.layout = layout
         self._array = layout.logical(array)
         self._label = label
         self._pages = _Pages(owner)

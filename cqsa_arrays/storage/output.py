@@ -147,6 +147,12 @@ class OutputFile:
         self.abandon()
 
 
+def output_staging_bytes(shape: Shape4, dtype: np.dtype, layout: Layout) -> int:
+    """``staging_bytes`` of the OutputFile that ``create`` would make of these."""
+    rows = Rows(shape, dtype, 0, layout.tokens_outside_heads and shape[1] > 1)
+    return rows.piece_tokens * rows.row_bytes
+
+
 def write_rows(file: RawFile, rows: Rows, where: tuple[Range, Range, Range], block: np.ndarray) -> None:
     """Write logical ``block`` to ``rows`` of ``file`` at ``where`` (batch, heads, tokens), narrowed piece by piece.
 

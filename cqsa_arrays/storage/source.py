@@ -7,7 +7,7 @@ from typing import Protocol
 import numpy as np
 
 from ..ranges import Range
-from .layout import Shape4
+from .layout import Layout, Shape4
 
 
 class TokenSource(Protocol):
@@ -23,6 +23,10 @@ class TokenSource(Protocol):
     @property
     def dtype(self) -> np.dtype:
         """Element type as the user sees it: float16, bfloat16, float32 or float64."""
+
+    @property
+    def layout(self) -> Layout:
+        """The order of the axes of the array that this is a view of."""
 
     @property
     def token_major(self) -> bool:

@@ -1,7 +1,7 @@
 """The CPU kernel family: work items of one head and one group of query rows, run by threads that release the GIL.
 
-A row's arithmetic depends on the key blocks alone and work items depend on shapes alone, so the result is the same for any
-number of threads. Each ``CpuKernel`` owns its threads and scratch: concurrent use of several is safe.
+A row's arithmetic depends on the key blocks alone and work items depend on shapes alone, so the result is the same for
+any number of threads. Each ``CpuKernel`` owns its threads and scratch: concurrent use of several is safe.
 """
 
 from __future__ import annotations
@@ -9,11 +9,12 @@ from __future__ import annotations
 import logging
 import threading
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
 
 import numpy as np
 
+from ...ranges import Range
 from ...statistics import BlockStatistics
 from ..base import KeyBlock
 from .attend import attend_group, signature
@@ -68,6 +69,7 @@ class CpuKernel:
         *,
         diagonal: int,
         scale: float,
+        done: Callable[[Range], None],
     ) -> None:
         """See ``Kernel.accumulate``."""
         batches, heads, rows, _ = queries.shape
@@ -91,6 +93,7 @@ class CpuKernel:
                         queries[b, h, part], query_start + start, pieces, diagonal, scale,
                         state.acc[b, h, part], state.m[b, h, part], state.l[b, h, part], scratch,
                     )  # fmt: skip
+                    done(Range(query_start + start, query_start + min(start + step, rows)))
             finally:
                 self._scratch.append(scratch)
 

@@ -1,0 +1,189 @@
+"""What people pass, checked and turned into a problem: sources, mask, scale, budget. Nothing is computed or written."""
+
+from __future__ import annotations
+
+import math
+import os
+import tempfile
+from numbers import Real
+from typing import Any
+
+import numpy as np
+
+from .engine import Inputs
+from .errors import ArgumentError
+from .masks import Causal, Full, Mask
+from .options import Options
+from .planner import Budget, Machine, Operand, Problem, Rates, Result
+from .storage import Layout, TokenSource, as_source, dataset
+from .units import format_bytes, parse_bytes
+
+FLOATS = ("float16", "bfloat16", "float32", "float64")
+MAX_HEAD_DIM = 1024
+# Share of the machine's memory that is used where no budget is given: the same call gives the same plan on one machine.
+DEFAULT_SHARE = 0.5
+
+
+def open_source(array: object, argument: str, layout: str | None) -> TokenSource:
+    """The source of one input; a text or path names a data set, "file.h5:/q". Raises ArgumentError, StorageError."""
+    if isinstance(array, (str, os.PathLike)):
+        array = dataset(os.fspath(array), layout=layout, argument=argument)
+    return as_source(array, argument, layout)
+
+
+def check_inputs(inputs: Inputs) -> None:
+    """Shapes and dtypes must fit each other."""
+    _check_shapes(inputs)
+    _check_types(inputs)
+
+
+def _check_shapes(inputs: Inputs) -> None:
+    axes = ("batch", "heads", "tokens", "head_dim")
+    shapes = {"q": inputs.q.shape, "k": inputs.k.shape, "v": inputs.v.shape}
+    for name, shape in shapes.items():
+        for axis, length in zip(axes, shape, strict=True):
+            if length < 1:
+                raise ArgumentError(name, f"0 {axis}", f"at least 1 {axis}", "Attention of nothing is not defined.")
+        if shape[3] > MAX_HEAD_DIM:
+            raise ArgumentError(
+                name, f"head_dim {shape[3]}", f"at most {MAX_HEAD_DIM}", "Split the vectors into heads."
+            )
+    for name, other, same in (("k", "q", (0, 1, 3)), ("v", "k", (0, 1, 2))):
+        for i in same:
+            if shapes[name][i] != shapes[other][i]:
+                raise ArgumentError(
+                    name, f"{shapes[name][i]} {axes[i]}", f"{shapes[other][i]} {axes[i]}, as {other} has",
+                    "Shapes are q (batch, heads, Nq, D), k (batch, heads, Nk, D), v (batch, heads, Nk, Dv);"
+                    " a wrong layout= also leads here.",
+                )  # fmt: skip
+
+
+def _check_types(inputs: Inputs) -> None:
+    names = [source.dtype.name for source in (inputs.q, inputs.k, inputs.v)]
+    if len(set(names)) > 1:
+        found = f"q {names[0]}, k {names[1]}, v {names[2]}"
+        raise ArgumentError("q, k, v", found, "one dtype", "Convert on purpose, for example k.astype(q.dtype).")
+
+
+def resolve_mask(causal: bool, mask: Mask | None) -> Mask:
+    """The mask of ``causal=`` and ``mask=``, of which at most one may be given."""
+    if not isinstance(causal, (bool, np.bool_)):
+        raise ArgumentError("causal", repr(causal), "True or False", "For an offset pass mask=cqsa.causal(offset=...).")
+    if mask is None:
+        return Causal() if causal else Full()
+    if causal:
+        raise ArgumentError("causal", "both causal=True and mask=", "one of them", "Leave causal out.")
+    if not isinstance(mask, (Causal, Full)):
+        raise ArgumentError(
+            "mask", repr(mask), "cqsa.causal(...) or None", "Masks are functions of the row, not arrays."
+        )
+    return mask
+
+
+def resolve_scale(scale: float | None, head_dim: int) -> float:
+    """``scale``, or 1 / sqrt(head_dim)."""
+    if scale is None:
+        return head_dim**-0.5
+    if not isinstance(scale, Real) or isinstance(scale, bool) or not math.isfinite(scale):
+        raise ArgumentError("scale", repr(scale), "a finite number", "Leave it out for 1 / sqrt(head_dim).")
+    return float(scale)
+
+
+def resolve_dtype(dtype: Any, default: np.dtype) -> np.dtype:
+    """The element type of the result."""
+    if dtype is None:
+        return default
+    import ml_dtypes
+
+    try:
+        found = np.dtype(ml_dtypes.bfloat16 if isinstance(dtype, str) and dtype == "bfloat16" else dtype)
+    except TypeError as error:
+        raise ArgumentError("dtype", repr(dtype), f"one of {', '.join(FLOATS)}", "Leave it out for q's.") from error
+    if found.name not in FLOATS or not found.isnative:
+        raise ArgumentError("dtype", str(found), f"one of {', '.join(FLOATS)}", "Leave it out for q's.")
+    return found
+
+
+def check_device(device: str) -> None:
+    """This version computes on the CPU."""
+    if device not in ("auto", "cpu"):
+        raise ArgumentError("device", repr(device), "'cpu' or 'auto'", "This version computes on the CPU.")
+
+
+def check_options(options: object) -> None:
+    """Must be an Options object."""
+    if not isinstance(options, Options):
+        raise ArgumentError("options", type(options).__name__, "cqsa.Options(...)", "Leave it out for the defaults.")
+
+
+def machine(options: Options) -> Machine:
+    """The threads to use and the page cache to hope for."""
+    threads = options.threads
+    if threads is None:
+        threads = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    if not isinstance(threads, int) or threads < 1:
+        raise ArgumentError("threads", repr(options.threads), "at least 1", "Leave it out to use every processor.")
+    return Machine(threads, total_memory_bytes() // 2, Rates())
+
+
+def total_memory_bytes() -> int:
+    """Memory of the machine, or of the container that this process is confined to."""
+    total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    try:
+        with open("/sys/fs/cgroup/memory.max") as file:
+            limit = file.read().strip()
+    except OSError:
+        return total
+    return min(total, int(limit)) if limit.isdigit() else total
+
+
+def resolve_budget(memory: int | str | None, options: Options, out: object) -> Budget:
+    """Bytes that may be held, and where states go that do not fit."""
+    limits = {"memory": memory, "host_memory": options.host_memory}
+    given = {f"{name}={value!r}": parse_bytes(value, name) for name, value in limits.items() if value is not None}
+    scratch = options.scratch
+    if scratch is None:
+        is_path = isinstance(out, (str, os.PathLike))
+        scratch = os.path.dirname(os.path.abspath(os.fspath(out))) if is_path else tempfile.gettempdir()
+    elif not os.path.isdir(scratch):
+        raise ArgumentError("scratch", repr(scratch), "an existing directory", "Make it, or leave it out.")
+    if given:
+        origin = min(given, key=lambda name: given[name])
+        return Budget(given[origin], origin, os.fspath(scratch))
+    total = total_memory_bytes()
+    return Budget(int(total * DEFAULT_SHARE), f"half of this machine's {format_bytes(total)}", os.fspath(scratch))
+
+
+def build_problem(inputs: Inputs, result: Result, mask: Mask, scale: float) -> Problem:
+    """The planner's view; the arithmetic is float64 for float64 inputs, else float32."""
+    compute = compute_dtype(inputs.q.dtype)
+    q, k, v = (_operand(source, compute) for source in (inputs.q, inputs.k, inputs.v))
+    return Problem(q, k, v, result, compute, mask, scale)
+
+
+def compute_dtype(dtype: np.dtype) -> str:
+    """The arithmetic for inputs of ``dtype``."""
+    return "float64" if dtype == np.float64 else "float32"
+
+
+def _operand(source: TokenSource, compute: str) -> Operand:
+    return Operand(
+        source.shape, source.dtype.name, source.dtype.itemsize, source.in_place, source.token_major,
+        source.staging_bytes(np.dtype(compute)), source.description,
+    )  # fmt: skip
+
+
+def result_shape(inputs: Inputs) -> tuple[int, int, int, int]:
+    """(batch, heads, Nq, Dv)."""
+    batch, heads, tokens, _ = inputs.q.shape
+    return batch, heads, tokens, inputs.v.shape[3]
+
+
+def check_out_array(out: np.ndarray, shape: tuple[int, ...], layout: Layout) -> None:
+    """``out`` must be a writable NumPy float array of ``shape``."""
+    if out.shape != shape:
+        raise ArgumentError("out", f"shape {out.shape}", f"{shape}, layout {layout}", "Pass an array of that shape.")
+    if out.dtype.name not in FLOATS or not out.dtype.isnative:
+        raise ArgumentError("out", f"dtype {out.dtype}", f"one of {', '.join(FLOATS)}", "Pass a float array.")
+    if not out.flags.writeable:
+        raise ArgumentError("out", "a read-only array", "a writable one", "Pass an array that may be changed.")

@@ -1,0 +1,188 @@
+"""Where partial states wait between the tasks that continue them."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from typing import Protocol
+
+import numpy as np
+
+from ..errors import StorageError
+from ..planner import Group, Plan
+from ..ranges import Cut, Range
+from ..statistics import BlockStatistics
+from ..units import format_bytes
+
+
+class StateStore(Protocol):
+    """States of the query ranges that one cover hands out, for one group of heads at a time."""
+
+    moved_bytes: int
+
+    def begin(self, group: Group) -> None:
+        """Forget everything: no row of ``group`` has seen a key."""
+
+    def load(self, rows: Range) -> BlockStatistics:
+        """The state of ``rows``, to be continued in place; an empty one at first."""
+
+    def store(self, rows: Range, state: BlockStatistics) -> None:
+        """Keep ``state``, which ``load`` gave."""
+
+    def close(self) -> None:
+        """Release memory and files."""
+
+
+class _Block:
+    """Memory for the state of up to ``rows`` rows of ``heads`` heads: one buffer, cut into acc, m and l."""
+
+    def __init__(self, rows: int, heads: int, value_dim: int, dtype: str) -> None:
+        self._flat = np.empty(rows * heads * (value_dim + 2), dtype)
+        self._value_dim = value_dim
+
+    def view(self, group: Group, rows: int) -> tuple[BlockStatistics, np.ndarray]:
+        """The state of ``rows`` rows, and all of its memory as one array."""
+        shape = (len(group.batch), len(group.heads), rows)
+        count = int(np.prod(shape))
+        flat = self._flat[: count * (self._value_dim + 2)]
+        acc, m, normalizer = np.split(flat, [count * self._value_dim, count * (self._value_dim + 1)])
+        return BlockStatistics(acc.reshape(*shape, self._value_dim), m.reshape(shape), normalizer.reshape(shape)), flat
+
+
+def _clear(state: BlockStatistics) -> None:
+    state.acc[...], state.m[...], state.l[...] = 0, -np.inf, 0
+
+
+class ResidentStates:
+    """All rows of a group stay in memory."""
+
+    moved_bytes = 0
+
+    def __init__(self, rows: int, heads: int, value_dim: int, dtype: str) -> None:
+        self._block = _Block(rows, heads, value_dim, dtype)
+        self._rows = rows
+        self._state: BlockStatistics | None = None
+
+    def begin(self, group: Group) -> None:
+        self._state, _ = self._block.view(group, self._rows)
+        _clear(self._state)
+
+    def load(self, rows: Range) -> BlockStatistics:
+        assert self._state is not None, "begin() comes first"
+        part = (slice(None), slice(None), rows.slice)
+        return BlockStatistics(self._state.acc[part], self._state.m[part], self._state.l[part])
+
+    def store(self, rows: Range, state: BlockStatistics) -> None:
+        """Nothing to do: ``state`` is the memory itself."""
+
+    def close(self) -> None:
+        self._state = None
+
+
+class TileStates:
+    """One query tile stays while its keys pass, and is finished before the next one comes."""
+
+    moved_bytes = 0
+
+    def __init__(self, rows: int, heads: int, value_dim: int, dtype: str) -> None:
+        self._block = _Block(rows, heads, value_dim, dtype)
+        self._group: Group | None = None
+        self._rows: Range | None = None
+
+    def begin(self, group: Group) -> None:
+        self._group, self._rows = group, None
+
+    def load(self, rows: Range) -> BlockStatistics:
+        assert self._group is not None, "begin() comes first"
+        state, _ = self._block.view(self._group, len(rows))
+        if rows != self._rows:
+            _clear(state)
+            self._rows = rows
+        return state
+
+    def store(self, rows: Range, state: BlockStatistics) -> None:
+        """Nothing to do: ``state`` is the memory itself."""
+
+    def close(self) -> None:
+        self._group = self._rows = None
+
+
+class FileStates:
+    """States in an unnamed scratch file, two slots each: a new version is written beside the old, then becomes current."""
+
+    def __init__(self, queries: Cut, heads: int, value_dim: int, dtype: str, directory: str) -> None:
+        self._block = _Block(queries.longest, heads, value_dim, dtype)
+        self._queries = queries
+        self._row_bytes = heads * (value_dim + 2) * np.dtype(dtype).itemsize
+        # Per chunk: 0 before its first version, else 1 + the slot that is current.
+        self._current = np.zeros(len(queries), np.uint8)
+        self._group: Group | None = None
+        self._file = self._reserved(directory, 2 * queries.tokens * self._row_bytes)
+        self.moved_bytes = 0
+
+    @staticmethod
+    def _reserved(directory: str, size_bytes: int) -> tempfile._TemporaryFileWrapper:
+        """A file without a name, all of its space reserved: a full disk is met here and not in the middle."""
+        file = None
+        try:
+            file = tempfile.TemporaryFile(dir=directory, prefix="cqsa-states-", buffering=0)
+            if hasattr(os, "posix_fallocate"):
+                os.posix_fallocate(file.fileno(), 0, size_bytes)
+        except OSError as error:
+            if file is not None:
+                file.close()
+            raise StorageError(
+                f"scratch: cannot reserve {format_bytes(size_bytes)} for states in {directory}: {error.strerror}."
+                " Name a directory with that much room, or raise memory so that states stay there."
+            ) from error
+        return file
+
+    def begin(self, group: Group) -> None:
+        self._group = group
+        self._current[:] = 0
+
+    def load(self, rows: Range) -> BlockStatistics:
+        assert self._group is not None, "begin() comes first"
+        state, flat = self._block.view(self._group, len(rows))
+        current = int(self._current[self._queries.index_of(rows)])
+        if current == 0:
+            _clear(state)
+        else:
+            self._transfer(os.preadv, flat, self._position(rows, current - 1))
+        return state
+
+    def store(self, rows: Range, state: BlockStatistics) -> None:
+        assert self._group is not None, "begin() comes first"
+        _, flat = self._block.view(self._group, len(rows))
+        index = self._queries.index_of(rows)
+        slot = 0 if self._current[index] == 2 else 1
+        self._transfer(os.pwritev, flat, self._position(rows, slot))
+        self._current[index] = 1 + slot
+
+    def close(self) -> None:
+        self._file.close()
+
+    def _position(self, rows: Range, slot: int) -> int:
+        return (slot * self._queries.tokens + rows.start) * self._row_bytes
+
+    def _transfer(self, call, flat: np.ndarray, position: int) -> None:  # type: ignore[no-untyped-def]
+        """All of ``flat`` by positioned reads or writes, which may each move less than asked."""
+        view = memoryview(flat).cast("B")
+        done = 0
+        while done < len(view):
+            moved = call(self._file.fileno(), [view[done:]], position + done)
+            if moved <= 0:
+                raise StorageError("scratch: the file of states ended early; it was changed from outside.")
+            done += moved
+        self.moved_bytes += done
+
+
+def open_states(plan: Plan) -> StateStore:
+    """The store that ``plan`` asks for."""
+    chosen, problem = plan.chosen, plan.problem
+    heads, dim, dtype = chosen.batches * chosen.heads, problem.value_dim, problem.compute_dtype
+    if chosen.states_on_disk:
+        return FileStates(plan.build_cover().queries, heads, dim, dtype, plan.budget.scratch)
+    if chosen.cover == "rectangular":
+        return TileStates(chosen.residency.query_chunk, heads, dim, dtype)
+    return ResidentStates(problem.query_tokens, heads, dim, dtype)

@@ -1,0 +1,167 @@
+"""One call from arguments to result: a request becomes a job (sources and a plan), a job becomes an array or a file."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import ExitStack, closing, contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from . import arguments
+from .engine import Inputs, OutputResults, Progress, ProgressBar, RunReport, Silent, StatisticsResults, run
+from .errors import ArgumentError, BudgetError
+from .masks import Mask
+from .options import Options
+from .planner import Plan, Result, choose, mask_to_dict, output_piece_rows
+from .statistics import BlockStatistics
+from .storage import ArraySink, OutputFile, Sink, TokenSource, dataset, output_staging_bytes
+from .version import __version__
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Request:
+    """The arguments of ``attention``, as they were passed."""
+
+    q: Any
+    k: Any
+    v: Any
+    causal: bool = False
+    mask: Mask | None = None
+    scale: float | None = None
+    layout: str | None = None
+    memory: int | str | None = None
+    device: str = "auto"
+    dtype: Any = None
+    out: Any = None
+    options: Options = field(default_factory=Options)
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """A checked request: its open sources and the plan for them."""
+
+    request: Request
+    inputs: Inputs
+    plan: Plan
+
+
+@contextmanager
+def prepared(request: Request, *, as_statistics: bool = False) -> Iterator[Job]:
+    """The job of ``request``; its sources are closed at the end. Nothing is computed or written.
+
+    Raises ArgumentError, BudgetError and StorageError for what cannot be done.
+    """
+    arguments.check_device(request.device)
+    arguments.check_options(request.options)
+    with ExitStack() as stack:
+        sources = []
+        for name in "qkv":
+            source = arguments.open_source(getattr(request, name), name, request.layout)
+            sources.append(stack.enter_context(closing(source)))
+        inputs = Inputs(*sources)
+        arguments.check_inputs(inputs)
+        result = _statistics_result(inputs) if as_statistics else _result(inputs, request)
+        mask = arguments.resolve_mask(request.causal, request.mask)
+        scale = arguments.resolve_scale(request.scale, inputs.q.shape[3])
+        problem = arguments.build_problem(inputs, result, mask, scale)
+        budget = arguments.resolve_budget(request.memory, request.options, request.out)
+        if result.place == "new array" and problem.output_bytes > budget.memory_bytes:
+            raise BudgetError(
+                f"memory: the result alone takes {problem.output_bytes} bytes, but the budget is {budget.memory_bytes}"
+                f" ({budget.origin}). Pass out='out.h5' to write it to a file, or a larger memory."
+            )
+        machine, options = arguments.machine(request.options), request.options
+        yield Job(
+            request, inputs, choose(problem, budget, machine, cover=options.cover, chunks=options.chunks, device="cpu")
+        )
+
+
+def _statistics_result(inputs: Inputs) -> Result:
+    compute = arguments.compute_dtype(inputs.q.dtype)
+    return Result(compute, np.dtype(compute).itemsize, "new array", 2, 0, "statistics in memory")
+
+
+def _result(inputs: Inputs, request: Request) -> Result:
+    """Where the output goes and of what type it is."""
+    shape, layout, out = arguments.result_shape(inputs), inputs.q.layout, request.out
+    if isinstance(out, np.ndarray):
+        arguments.check_out_array(out, layout.physical_shape(shape), layout)
+        if request.dtype is not None and arguments.resolve_dtype(request.dtype, out.dtype) != out.dtype:
+            raise ArgumentError("dtype", repr(request.dtype), f"{out.dtype}, as out has", "Leave dtype out.")
+        return Result(out.dtype.name, out.dtype.itemsize, "array", 0, 0, "the array given as out=")
+    dtype = arguments.resolve_dtype(request.dtype, inputs.q.dtype)
+    if out is None:
+        return Result(dtype.name, dtype.itemsize, "new array", 0, 0, "a new array in memory")
+    if not isinstance(out, (str, os.PathLike)):
+        raise ArgumentError("out", type(out).__name__, "a NumPy array, a path or None", "Leave it out for a new array.")
+    staging = output_staging_bytes(shape, dtype, layout)
+    return Result(dtype.name, dtype.itemsize, "file", 1, staging, f"{os.fspath(out)}:/out and /lse")
+
+
+def attend(job: Job) -> tuple[Any, RunReport]:
+    """Run the job; its output (an array like q, ``out``, or the data set /out of the new file) and what it took.
+
+    A file appears under its name only when it is whole; on any error nothing of it is left.
+    """
+    request, problem, inputs = job.request, job.plan.problem, job.inputs
+    layout, shape = inputs.q.layout, arguments.result_shape(inputs)
+    dtype = arguments.resolve_dtype(problem.result.dtype, inputs.q.dtype)
+    if problem.result.place == "file":
+        with OutputFile.create(
+            request.out, shape=shape, dtype=dtype, layout=layout, lse_dtype=np.dtype(problem.compute_dtype),
+            attributes=_attributes(job), overwrite=request.options.overwrite, inputs=_paths(inputs),
+        ) as file:  # fmt: skip
+            report = _run(job, OutputResults(file, output_piece_rows(problem)))
+            file.finish()
+        return dataset(f"{os.fspath(request.out)}:/out", argument="out"), report
+    array = request.out if problem.result.place == "array" else np.empty(layout.physical_shape(shape), dtype)
+    sink: Sink = ArraySink(array, None, layout)
+    report = _run(job, OutputResults(sink, output_piece_rows(problem)))
+    return (array if problem.result.place == "array" else _like(array, request.q)), report
+
+
+def collect_statistics(job: Job) -> BlockStatistics:
+    """Run the job and keep the states of all rows."""
+    batch, heads, tokens, value_dim = arguments.result_shape(job.inputs)
+    results = StatisticsResults((batch, heads, tokens), value_dim, job.plan.problem.compute_dtype)
+    _run(job, results)
+    return results.statistics
+
+
+def _run(job: Job, results: OutputResults | StatisticsResults) -> RunReport:
+    problem = job.plan.problem
+    progress: Progress = ProgressBar(problem.pairs, problem.flops) if job.request.options.progress else Silent()
+    with closing(progress):
+        return run(job.plan, job.inputs, results, progress)
+
+
+def _like(array: np.ndarray, model: Any) -> Any:
+    """``array`` as an array of the library that ``model`` is of, where that takes over DLPack; else as it is."""
+    library = sys.modules.get(type(model).__module__.partition(".")[0])
+    takes_over = getattr(library, "from_dlpack", None)
+    return takes_over(array) if hasattr(model, "__dlpack__") and takes_over is not None else array
+
+
+def _paths(inputs: Inputs) -> list[str]:
+    found = (source.identity.get("path") for source in (inputs.q, inputs.k, inputs.v))
+    return [path for path in found if isinstance(path, str)]
+
+
+def _attributes(job: Job) -> dict[str, object]:
+    """What ``verify`` needs to find the inputs again, and how the file was made."""
+
+    def describe(source: TokenSource) -> dict[str, object]:
+        return {**source.identity, "layout": source.layout.name}
+
+    problem = job.plan.problem
+    return {
+        "creator": f"cqsa_arrays {__version__}",
+        "inputs": {name: describe(getattr(job.inputs, name)) for name in "qkv"},
+        "mask": mask_to_dict(problem.mask),
+        "scale": problem.scale,
+        "plan": job.plan.to_dict(),
+    }
