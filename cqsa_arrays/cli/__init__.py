@@ -1,0 +1,5 @@
+"""The command ``cqsa``."""
+
+from .main import main
+
+__all__ = ["main"]

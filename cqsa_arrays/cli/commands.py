@@ -1,0 +1,113 @@
+"""The subcommands of ``cqsa``: each takes the parsed arguments, prints, and says whether it succeeded."""
+
+from __future__ import annotations
+
+import json
+from argparse import Namespace
+from dataclasses import asdict
+
+from .. import api
+from ..compare import compare as compare_arrays
+from ..errors import ArgumentError
+from ..job import Request, prepared
+from ..job import attend as run_job
+from ..options import Options
+from ..storage import InputSpec, dataset, describe, make_inputs
+from ..units import format_bytes, format_seconds
+from ..verification import verify as verify_file
+
+
+def attend(arguments: Namespace) -> bool:
+    """Compute and write; print a summary."""
+    with prepared(_request(arguments, progress=not arguments.quiet)) as job:
+        output, report = run_job(job)
+        if arguments.json:
+            print(json.dumps({"out": arguments.out, **asdict(report), "plan": job.plan.to_dict()}))
+        elif not arguments.quiet:
+            rate = report.flops / report.elapsed_s / 1e9
+            print(f"{arguments.out}: /out {output.layout}{output.shape} {output.dtype.name}, and /lse")
+            print(
+                f"{format_seconds(report.elapsed_s)}, {rate:.1f} GFLOP/s, {job.plan.cover_name} cover,"
+                f" read {format_bytes(report.input_read_bytes)}, moved {format_bytes(report.state_moved_bytes)} of states,"
+                f" held at most {format_bytes(job.plan.memory_bytes)}"
+            )
+            print(f"check it: cqsa verify {arguments.out}")
+    return True
+
+
+def plan(arguments: Namespace) -> bool:
+    """Print the plan."""
+    with prepared(_request(arguments, progress=False)) as job:
+        print(job.plan.to_json() if arguments.json else job.plan)
+    return True
+
+
+def verify(arguments: Namespace) -> bool:
+    """Print the error report of an output file."""
+    report = verify_file(arguments.path, rows=arguments.rows, seed=arguments.seed, tolerance=arguments.tolerance)
+    print(report.to_json() if arguments.json else report)
+    return report.passed
+
+
+def compare(arguments: Namespace) -> bool:
+    """Print the error report of one data set against another."""
+    result = dataset(arguments.result, argument="result")
+    reference = dataset(arguments.reference, argument="reference")
+    report = compare_arrays(result, reference, tolerance=arguments.tolerance)
+    print(report.to_json() if arguments.json else report)
+    return report.passed
+
+
+def make(arguments: Namespace) -> bool:
+    """Write synthetic inputs."""
+    from tqdm import tqdm
+
+    names = (
+        "tokens", "key_tokens", "batch", "heads", "head_dim", "value_dim", "dtype", "layout", "seed", "scale", "shared",
+        "chunk_tokens", "compression",
+    )  # fmt: skip
+    spec = InputSpec(**{name: getattr(arguments, name) for name in names})
+    with tqdm(desc="make", unit="B", unit_scale=True, disable=None) as bar:
+
+        def show(written: int, total: int) -> None:
+            bar.total = total
+            bar.update(written - bar.n)
+
+        make_inputs(arguments.path, spec, overwrite=arguments.overwrite, progress=show)
+    print(describe(arguments.path))
+    return True
+
+
+def info(arguments: Namespace) -> bool:
+    """Print what a file holds."""
+    found = describe(arguments.path)
+    print(found.to_json() if arguments.json else found)
+    return True
+
+
+def demo(arguments: Namespace) -> bool:
+    """Run the demonstration on real data."""
+    from ..demo import run_demo
+
+    report = run_demo(
+        arguments.directory, samples=arguments.samples, memory=arguments.memory, keep=arguments.keep, progress=True
+    )
+    print(report.to_json() if arguments.json else report)
+    return report.passed
+
+
+def _request(arguments: Namespace, *, progress: bool) -> Request:
+    """What ``attend`` and ``plan`` were asked for."""
+    if arguments.causal and arguments.offset is not None:
+        raise ArgumentError("--causal", "both --causal and --offset", "one of them", "--offset 0 is --causal.")
+    options = Options(
+        host_memory=arguments.host_memory, scratch=arguments.scratch, cover=arguments.cover, chunks=arguments.chunks,
+        threads=arguments.threads, overwrite=getattr(arguments, "overwrite", True), progress=progress,
+    )  # fmt: skip
+    sources = {name: getattr(arguments, name) or f"{arguments.input}:/{name}" for name in "qkv"}
+    mask = None if arguments.offset is None else api.causal(arguments.offset)
+    return Request(
+        **sources, causal=arguments.causal, mask=mask, scale=arguments.scale, layout=arguments.layout,
+        memory=arguments.memory, device=arguments.device, dtype=arguments.dtype, out=arguments.out,
+        options=options,
+    )  # fmt: skip

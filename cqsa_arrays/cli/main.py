@@ -1,0 +1,55 @@
+"""Entry of the command: parses, runs one subcommand, turns errors into messages and exit codes.
+
+Exit codes: 0 done; 1 a comparison or verification failed; 2 input that cannot be used; 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import sys
+from collections.abc import Sequence
+from types import FrameType
+
+from ..errors import CqsaError
+from .parser import build_parser
+
+FAILED, UNUSABLE, INTERRUPTED, TERMINATED = 1, 2, 130, 143
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run ``cqsa`` with ``argv`` (default: the process's arguments); returns the exit code."""
+    arguments = build_parser().parse_args(argv)
+    _log_to_stderr()
+    signal.signal(signal.SIGTERM, _terminate)
+    try:
+        from . import commands
+
+        succeeded = getattr(commands, arguments.command)(arguments)
+        sys.stdout.flush()
+        return 0 if succeeded else FAILED
+    except CqsaError as error:
+        print(f"cqsa {arguments.command}: {error}", file=sys.stderr)
+        return UNUSABLE
+    except KeyboardInterrupt:
+        print(f"cqsa {arguments.command}: interrupted; nothing unfinished is left behind", file=sys.stderr)
+        return INTERRUPTED
+    except BrokenPipeError:
+        # The reader of our output is gone, as in `cqsa info x.h5 | head`: nothing is left to say to it.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+
+
+def _terminate(number: int, frame: FrameType | None) -> None:
+    """SIGTERM unwinds like an exit, so that unfinished files are removed."""
+    raise SystemExit(TERMINATED)
+
+
+def _log_to_stderr() -> None:
+    logger = logging.getLogger("cqsa_arrays")
+    if not logger.handlers:
+        handler = logging.StreamHandler()
+        handler.setFormatter(logging.Formatter("cqsa: %(message)s"))
+        logger.addHandler(handler)
+        logger.setLevel(logging.INFO)

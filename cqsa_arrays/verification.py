@@ -1,0 +1,86 @@
+"""Proof of an output file: sampled rows against float64 attention of the inputs that the file names."""
+
+from __future__ import annotations
+
+import json
+import os
+from contextlib import ExitStack, closing
+from dataclasses import replace
+
+import numpy as np
+
+from .arguments import compute_dtype
+from .compare import ErrorReport, Tolerance, compare_rows
+from .errors import ArgumentError, StorageError
+from .planner import mask_from_dict
+from .ranges import Range
+from .reference import reference_rows, sample_rows
+from .storage import DiskArray, TokenSource, dataset, describe
+
+
+def verify(
+    path: str | os.PathLike[str], *, rows: int | None = 256, seed: int = 0, tolerance: float | None = None
+) -> ErrorReport:
+    """Compare sampled rows of an output file with float64 attention of its inputs, computed without the kernels.
+
+    ``path`` is a file that ``attention(out=...)`` or ``cqsa attend`` wrote; it names its inputs, mask and scale. ``rows``
+    tokens (None: all) are drawn with ``seed``, the first and the last always among them, and checked in every batch and
+    head; ``tolerance`` replaces the dtype's bound on the relative Frobenius error.
+
+    Returns an ErrorReport; ``report.passed`` says whether every error is within its tolerance. Raises ArgumentError for a
+    file that is no output, StorageError where the inputs are gone or have changed since.
+    """
+    if rows is not None and rows < 1:
+        raise ArgumentError("rows", rows, "at least 1, or None for all", "256 rows find any systematic error.")
+    attributes = describe(path).attributes
+    path = os.fspath(path)
+    try:
+        inputs = json.loads(str(attributes["inputs"]))
+        mask, scale = mask_from_dict(json.loads(str(attributes["mask"]))), float(str(attributes["scale"]))
+    except (KeyError, ValueError) as error:
+        expected = "an output of cqsa attend, whose attributes name its inputs"
+        raise ArgumentError(
+            "path", f"{path} without them ({error})", expected, "To compare arrays use compare."
+        ) from error
+    with ExitStack() as stack:
+        q, k, v = (stack.enter_context(closing(_input(inputs[name], name, path))) for name in "qkv")
+        out, lse = (dataset(f"{path}:/{name}", argument="path") for name in ("out", "lse"))
+        tokens = q.shape[2]
+        sampled = np.arange(tokens) if rows is None else sample_rows(tokens, rows, seed)
+        reference = reference_rows(q, k, v, sampled, mask=mask, scale=scale)
+        got_out, got_lse = (_read_rows(array, sampled, stack) for array in (out, lse))
+        # A wide output of narrower arithmetic is as exact as the arithmetic.
+        dtype = min(out.dtype.name, compute_dtype(q.dtype), key=lambda name: _EXACTNESS.index(name))
+        report = compare_rows(got_out, got_lse[..., 0], reference, dtype, seed=None if rows is None else seed)
+    return report if tolerance is None else replace(report, tolerance=Tolerance(tolerance, report.tolerance.lse))
+
+
+_EXACTNESS = ("bfloat16", "float16", "float32", "float64")
+
+
+def _input(stored: dict[str, object], name: str, output: str) -> TokenSource:
+    """The input that the output was made from; StorageError if it is gone or another."""
+    if "path" not in stored or "dataset" not in stored:
+        raise ArgumentError(
+            "path", f"{name} was an array in memory", "inputs in files", "Compare with compare instead."
+        )
+    array: DiskArray = dataset(f"{stored['path']}:{stored['dataset']}", layout=str(stored["layout"]), argument=name)
+    source = array.source()
+    changed = [key for key in ("size", "mtime_ns", "shape", "dtype") if source.identity.get(key) != stored.get(key)]
+    if changed:
+        source.close()
+        raise StorageError(
+            f"{output}: its input {stored['path']}:{stored['dataset']} has changed since ({', '.join(changed)});"
+            " what was computed can no longer be checked. Compute it again."
+        )
+    return source
+
+
+def _read_rows(array: DiskArray, rows: np.ndarray, stack: ExitStack) -> np.ndarray:
+    """The chosen tokens of all batches and heads, (B, H, R, dim), in float64."""
+    source = stack.enter_context(closing(array.source()))
+    batch, heads, _, dim = source.shape
+    found = np.empty((batch, heads, len(rows), dim))
+    for i, row in enumerate(rows.tolist()):
+        source.read(Range(0, batch), Range(0, heads), Range(row, row + 1), found[:, :, i : i + 1])
+    return found
