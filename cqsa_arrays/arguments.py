@@ -169,7 +169,7 @@ def compute_dtype(dtype: np.dtype) -> str:
 def _operand(source: TokenSource, compute: str) -> Operand:
     return Operand(
         source.shape, source.dtype.name, source.dtype.itemsize, source.in_place, source.token_major,
-        source.staging_bytes(np.dtype(compute)), source.description,
+        source.staging_bytes(np.dtype(compute)), source.held_bytes, source.description,
     )  # fmt: skip
 
 

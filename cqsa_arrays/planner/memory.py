@@ -58,6 +58,7 @@ def memory_terms(problem: Problem, residency: Residency) -> tuple[MemoryTerm, ..
         MemoryTerm("kernel scratch", r.threads * scratch),
         MemoryTerm("output piece", piece * (problem.value_dim + 2) * size),
         MemoryTerm("read and write staging", staging + problem.result.staging_bytes),
+        MemoryTerm("caches of the inputs", sum(operand.held_bytes for operand in (problem.q, problem.k, problem.v))),
         MemoryTerm("result", problem.output_bytes if problem.result.place == "new array" else 0),
     )
     return tuple(term for term in terms if term.size_bytes)

@@ -20,6 +20,7 @@ class Operand:
     in_place: bool
     token_major: bool
     staging_bytes: int
+    held_bytes: int
     description: str
 
     @property

@@ -26,6 +26,7 @@ class ContiguousSource:
     """
 
     in_place = False
+    held_bytes = 0
 
     def __init__(self, stored: StoredArray) -> None:
         self._file = RawFile(stored.path, stored.label)

@@ -21,6 +21,8 @@ WINDOW_BYTES = 2 << 20
 class HostSource:
     """A TokenSource over a NumPy ``array`` in ``layout`` that lies in memory; nothing is ever copied but blocks."""
 
+    held_bytes = 0
+
     def __init__(self, array: np.ndarray, layout: Layout, label: str) -> None:
         self.layout = layout
         self._array = layout.logical(array)
@@ -75,6 +77,7 @@ class MemmapSource:
     """
 
     in_place = False
+    held_bytes = 0
 
     def __init__(self, array: np.ndarray, layout: Layout, label: str, owner: np.memmap) -> None:
         self.layout = layout

@@ -48,8 +48,12 @@ class TokenSource(Protocol):
     def bytes_read(self) -> int:
         """Bytes taken from the file or array so far, gaps that were read through included."""
 
+    @property
+    def held_bytes(self) -> int:
+        """Bytes that stay in memory between reads, such as HDF5's cache of chunks; 0 for most sources."""
+
     def staging_bytes(self, compute_dtype: np.dtype) -> int:
-        """The most bytes that one ``read`` into a ``compute_dtype`` block holds besides that block."""
+        """The most bytes that one ``read`` into a ``compute_dtype`` block takes besides that block and held_bytes."""
 
     def read(self, batch: Range, heads: Range, tokens: Range, out: np.ndarray) -> None:
         """Fill ``out``, a float32 or float64 (batch, heads, tokens, head_dim) view of these lengths.
