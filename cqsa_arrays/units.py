@@ -46,12 +46,11 @@ def format_bytes(size_bytes: float) -> str:
     >>> format_bytes(1536)
     '1.5 KiB'
     """
-    for unit in ("B", "KiB", "MiB", "GiB"):
-        if abs(size_bytes) < 1023.5:
-            break
+    units = ["B", "KiB", "MiB", "GiB", "TiB"]
+    while abs(size_bytes) >= 1023.5 and len(units) > 1:
         size_bytes /= 1024
-    else:
-        unit = "TiB"
+        units.pop(0)
+    unit = units[0]
     return f"{size_bytes:.0f} {unit}" if unit == "B" or size_bytes >= 1000 else f"{size_bytes:.4g} {unit}"
 
 

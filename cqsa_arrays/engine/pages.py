@@ -6,6 +6,7 @@ from collections import OrderedDict
 
 import numpy as np
 
+from ..buffers import allocate
 from ..planner import Group
 from ..ranges import Range
 from ..storage import TokenSource
@@ -23,7 +24,7 @@ class Pages:
         self._resident: OrderedDict[Range, int] = OrderedDict()
         self._free = list(range(slots))
         self._group: Group | None = None
-        self._slots = np.empty((0 if source.in_place else slots, heads * tokens * source.shape[3]), dtype)
+        self._slots = allocate((0 if source.in_place else slots, heads * tokens * source.shape[3]), dtype)
 
     def begin(self, group: Group) -> None:
         """Serve the heads of ``group`` from now on."""

@@ -8,6 +8,7 @@ from typing import Protocol
 
 import numpy as np
 
+from ..buffers import allocate
 from ..errors import StorageError
 from ..planner import Group, Plan
 from ..ranges import Cut, Range
@@ -37,7 +38,7 @@ class _Block:
     """Memory for the state of up to ``rows`` rows of ``heads`` heads: one buffer, cut into acc, m and l."""
 
     def __init__(self, rows: int, heads: int, value_dim: int, dtype: str) -> None:
-        self._flat = np.empty(rows * heads * (value_dim + 2), dtype)
+        self._flat = allocate(rows * heads * (value_dim + 2), dtype)
         self._value_dim = value_dim
 
     def view(self, group: Group, rows: int) -> tuple[BlockStatistics, np.ndarray]:

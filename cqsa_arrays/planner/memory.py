@@ -11,6 +11,8 @@ from .problem import Problem
 TILE_TOKENS = BLOCK_KEYS
 # Rows are finalised (divided and narrowed) in pieces whose float arrays are about this large.
 OUTPUT_PIECE_BYTES = 1 << 20
+# What a thread of our own touches of its stack and its heap arena; one more thread reads ahead.
+THREAD_BYTES = 256 << 10
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,6 +60,7 @@ def memory_terms(problem: Problem, residency: Residency) -> tuple[MemoryTerm, ..
         MemoryTerm("kernel scratch", r.threads * scratch),
         MemoryTerm("output piece", piece * (problem.value_dim + 2) * size),
         MemoryTerm("read and write staging", staging + problem.result.staging_bytes),
+        MemoryTerm("threads", (r.threads + 1) * THREAD_BYTES),
         MemoryTerm("caches of the inputs", sum(operand.held_bytes for operand in (problem.q, problem.k, problem.v))),
         MemoryTerm("result", problem.output_bytes if problem.result.place == "new array" else 0),
     )

@@ -14,6 +14,7 @@ import h5py
 import numpy as np
 from h5py import h5s
 
+from ..buffers import allocate
 from ..errors import StorageError
 from ..ranges import Range
 from .dtypes import check_widening, piece_rows
@@ -117,7 +118,7 @@ class ChunkedSource:
     def read(self, batch: Range, heads: Range, tokens: Range, out: np.ndarray) -> None:
         check_widening(self.dtype, out.dtype, self._stored.label)
         most = min(self._grid.box_bytes, len(batch) * len(heads) * len(tokens) * self._grid.row_bytes)
-        stage = np.empty(most // self.dtype.itemsize, self.dtype)
+        stage = allocate(most // self.dtype.itemsize, self.dtype)
         for b, h, t in self._grid.boxes(batch, heads, tokens):
             where = tuple(slice(r.start - o.start, r.stop - o.start) for r, o in ((b, batch), (h, heads), (t, tokens)))
             np.copyto(out[where], self._read_box(b, h, t, stage))

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from ..buffers import allocate
 from ..ranges import Range
 from .dtypes import check_widening
 from .layout import Shape4
@@ -64,7 +65,7 @@ class ContiguousSource:
                 self._file.read_into(target, run.position)
                 continue
             if stage is None:
-                stage = np.empty((min(len(tokens), self._rows.piece_tokens), *self._rows.row_shape), self.dtype)
+                stage = allocate((min(len(tokens), self._rows.piece_tokens), *self._rows.row_shape), self.dtype)
             self._read_through(run, stage, target)
 
     def _read_through(self, run: Run, stage: np.ndarray, target: np.ndarray) -> None:

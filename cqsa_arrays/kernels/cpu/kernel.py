@@ -14,23 +14,17 @@ from concurrent.futures import ThreadPoolExecutor, wait
 
 import numpy as np
 
+from ...buffers import allocate
 from ...ranges import Range
 from ...statistics import BlockStatistics
 from ..base import KeyBlock
 from .attend import attend_group, signature
 from .intrinsics import host_tile
-from .tiles import ALIGNMENT, group_panels
+from .tiles import group_panels
 
 logger = logging.getLogger("cqsa_arrays")
 # A kernel loads from the cache on disk well within this; only a compilation takes longer.
 _PATIENCE_S = 0.7
-
-
-def _aligned(size_bytes: int, dtype: str) -> np.ndarray:
-    raw = np.empty(size_bytes + ALIGNMENT, np.uint8)
-    start = -raw.ctypes.data % ALIGNMENT
-    itemsize = np.dtype(dtype).itemsize
-    return raw[start : start + size_bytes // itemsize * itemsize].view(dtype)
 
 
 def load(dtype: str) -> None:
@@ -56,7 +50,7 @@ class CpuKernel:
         self._tile = host_tile(dtype)
         self._shape = (head_dim, value_dim)
         size_bytes = self._tile.scratch_bytes(rows, head_dim, value_dim)
-        self._scratch = deque(_aligned(size_bytes, dtype) for _ in range(threads))
+        self._scratch = deque(allocate(size_bytes // self._tile.itemsize, dtype) for _ in range(threads))
         self._pool = ThreadPoolExecutor(threads, thread_name_prefix="cqsa-kernel")
         self._threads = threads
 

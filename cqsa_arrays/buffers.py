@@ -1,0 +1,22 @@
+"""Buffers that go back to the system when they are dropped."""
+
+from __future__ import annotations
+
+import mmap
+from typing import Any
+
+import numpy as np
+
+
+def allocate(shape: int | tuple[int, ...], dtype: Any) -> np.ndarray:
+    """A zeroed array in pages of its own, page-aligned.
+
+    Arrays of a few MiB from the C heap leave holes in it when they are freed (3 MiB were seen in a budget of 20): with
+    pages of its own a buffer counts for what it is while it lives, and for nothing afterwards.
+
+    >>> allocate((2, 3), "float32").sum()
+    np.float32(0.0)
+    """
+    count = int(np.prod(shape))
+    pages = mmap.mmap(-1, max(1, count * np.dtype(dtype).itemsize))
+    return np.frombuffer(pages, dtype, count).reshape(shape)
