@@ -54,8 +54,8 @@ class Full:
 class Causal:
     """Query i sees the keys ``j <= i + offset``.
 
-    Offset 0 aligns the diagonal to the top left corner; ``offset = Nk - Nq`` aligns it to the bottom right one, which is
-    what a decoder wants that continues a sequence. Rows that see no key end as output 0 and log-sum-exp -inf.
+    Offset 0 aligns the diagonal to the top left corner; ``offset = Nk - Nq`` aligns it to the bottom right one, which
+    is what a decoder wants that continues a sequence. Rows that see no key end as output 0 and log-sum-exp -inf.
     """
 
     offset: int = 0
@@ -71,7 +71,7 @@ class Causal:
         return len(queries) > 0 and len(keys) > 0 and keys.start <= queries.stop - 1 + self.offset
 
     def pairs(self, queries: Range, keys: Range) -> int:
-        # Row r sees clip(r + offset + 1 - keys.start, 0, len(keys)) keys of the range: an arithmetic series, then a plateau.
+        # Row r sees clip(r + offset + 1 - keys.start, 0, len(keys)) keys: an arithmetic series, then a plateau.
         first = self.offset + 1 - keys.start
         rising = queries & Range(1 - first, len(keys) - first)
         below = max(0, queries.stop - max(queries.start, len(keys) - first)) * len(keys)

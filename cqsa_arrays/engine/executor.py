@@ -41,7 +41,7 @@ class RunReport:
 
 @dataclass(frozen=True, slots=True)
 class Work:
-    """One step of one group of heads; ``ends_task`` is the task that it completes. A dead task is one without a step."""
+    """One step of one group of heads; ``ends_task`` is the task that it completes. A dead task has no step."""
 
     group: Group
     step: Step | None

@@ -33,7 +33,7 @@ class Pages:
         self._resident.clear()
 
     def load(self, tokens: Range) -> np.ndarray:
-        """The block (batch, heads, tokens, dim) of the group's heads; valid until ``slots`` other blocks were loaded."""
+        """The block (batch, heads, tokens, dim) of the group; valid until ``slots`` other blocks were loaded."""
         group = self._current
         if self._source.in_place:
             return self._source.view(group.batch, group.heads, tokens)

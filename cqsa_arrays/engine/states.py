@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import tempfile
+from collections.abc import Callable
 from typing import Protocol
 
 import numpy as np
@@ -109,7 +110,7 @@ class TileStates:
 
 
 class FileStates:
-    """States in an unnamed scratch file, two slots each: a new version is written beside the old, then becomes current."""
+    """States in an unnamed scratch file, two slots each: a new version goes beside the old, then becomes current."""
 
     def __init__(self, queries: Cut, heads: int, value_dim: int, dtype: str, directory: str) -> None:
         self._block = _Block(queries.longest, heads, value_dim, dtype)
@@ -122,21 +123,22 @@ class FileStates:
         self.moved_bytes = 0
 
     @staticmethod
-    def _reserved(directory: str, size_bytes: int) -> tempfile._TemporaryFileWrapper:
-        """A file without a name, all of its space reserved: a full disk is met here and not in the middle."""
-        file = None
+    def _reserved(directory: str, size_bytes: int) -> int:
+        """Descriptor of a file without a name, its space reserved: a full disk is met here and not in the middle."""
+        descriptor = None
         try:
-            file = tempfile.TemporaryFile(dir=directory, prefix="cqsa-states-", buffering=0)
+            descriptor, path = tempfile.mkstemp(dir=directory, prefix="cqsa-states-")
+            os.unlink(path)
             if hasattr(os, "posix_fallocate"):
-                os.posix_fallocate(file.fileno(), 0, size_bytes)
+                os.posix_fallocate(descriptor, 0, size_bytes)
         except OSError as error:
-            if file is not None:
-                file.close()
+            if descriptor is not None:
+                os.close(descriptor)
             raise StorageError(
                 f"scratch: cannot reserve {format_bytes(size_bytes)} for states in {directory}: {error.strerror}."
                 " Name a directory with that much room, or raise memory so that states stay there."
             ) from error
-        return file
+        return descriptor
 
     def begin(self, group: Group) -> None:
         self._group = group
@@ -161,17 +163,17 @@ class FileStates:
         self._current[index] = 1 + slot
 
     def close(self) -> None:
-        self._file.close()
+        os.close(self._file)
 
     def _position(self, rows: Range, slot: int) -> int:
         return (slot * self._queries.tokens + rows.start) * self._row_bytes
 
-    def _transfer(self, call, flat: np.ndarray, position: int) -> None:  # type: ignore[no-untyped-def]
+    def _transfer(self, call: Callable[[int, list[memoryview], int], int], flat: np.ndarray, position: int) -> None:
         """All of ``flat`` by positioned reads or writes, which may each move less than asked."""
-        view = memoryview(flat).cast("B")
+        view = memoryview(flat.view(np.uint8))
         done = 0
         while done < len(view):
-            moved = call(self._file.fileno(), [view[done:]], position + done)
+            moved = call(self._file, [view[done:]], position + done)
             if moved <= 0:
                 raise StorageError("scratch: the file of states ended early; it was changed from outside.")
             done += moved

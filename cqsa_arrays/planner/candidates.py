@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
+from itertools import product
 
 from ..cover import Cover, CqsCover, RectangularCover, perfect_sizes, set_size
 from ..ranges import Cut
@@ -30,8 +32,8 @@ class Machine:
 class Candidate:
     """One way to run a problem, with its price.
 
-    ``query_parts`` and ``key_parts`` cut the tokens; ``batches`` x ``heads`` go through the cover together, the groups one
-    after the other; ``states_on_disk`` is where partial states wait between tasks.
+    ``query_parts`` and ``key_parts`` cut the tokens; ``batches`` x ``heads`` go through the cover together, the groups
+    one after the other; ``states_on_disk`` is where partial states wait between tasks.
     """
 
     cover: str
@@ -76,8 +78,8 @@ def _live_fraction(problem: Problem) -> float:
     return problem.pairs / (problem.batch * problem.heads * problem.query_tokens * problem.key_tokens)
 
 
-def cqs_candidate(problem: Problem, machine: Machine, group: tuple[int, int], chunks: int, on_disk: bool) -> Candidate:
-    """CQS Divide with ``chunks`` chunks: the key chunks of a quorum stay, query chunks and their states pass through."""
+def cqs_candidate(problem: Problem, machine: Machine, group: tuple[int, int], on_disk: bool, chunks: int) -> Candidate:
+    """CQS Divide with ``chunks`` chunks: the key chunks of a quorum stay, query chunks and their states pass."""
     heads, size = group[0] * group[1], set_size(chunks)
     queries, keys = (Cut(n, chunks, TILE_TOKENS) for n in (problem.query_tokens, problem.key_tokens))
     state_rows = queries.longest if on_disk else problem.query_tokens
@@ -90,17 +92,15 @@ def cqs_candidate(problem: Problem, machine: Machine, group: tuple[int, int], ch
 
 
 def rectangular_candidate(
-    problem: Problem, machine: Machine, group: tuple[int, int], query_tile: int, key_block: int
+    problem: Problem, machine: Machine, group: tuple[int, int], key_block: int, query_parts: int
 ) -> Candidate:
-    """Query tiles of about ``query_tile`` tokens and their states stay, key blocks of about ``key_block`` pass."""
+    """``query_parts`` query tiles stay, one after the other, with their states; blocks of ``key_block`` keys pass."""
     heads = group[0] * group[1]
-    parts = (-(-problem.query_tokens // query_tile), -(-problem.key_tokens // key_block))
-    queries, keys = (
-        Cut(n, p, TILE_TOKENS) for n, p in zip((problem.query_tokens, problem.key_tokens), parts, strict=True)
-    )
+    parts = (query_parts, -(-problem.key_tokens // key_block))
+    queries, keys = Cut(problem.query_tokens, parts[0], TILE_TOKENS), Cut(problem.key_tokens, parts[1], TILE_TOKENS)
     residency = Residency(heads, queries.longest, keys.longest, 1, queries.longest, machine.threads)
     groups = problem.batch * problem.heads / heads
-    passes = 1.0 if parts[0] == 1 else max(1.0, parts[0] * _live_fraction(problem))
+    passes = 1.0 if query_parts == 1 else max(1.0, query_parts * _live_fraction(problem))
     work = Work(1.0, passes, 0.0, int(groups * parts[0] * parts[1]), queries.longest)
     return _priced("rectangular", problem, machine, group, parts, False, residency, work)
 
@@ -131,42 +131,35 @@ def chunk_counts(problem: Problem) -> list[int]:
 def cqs_candidates(problem: Problem, machine: Machine, budget_bytes: int, chunks: int | None) -> Iterator[Candidate]:
     """For each group and place of states the smallest number of chunks that fits, which moves least."""
     counts = chunk_counts(problem) if chunks is None else [chunks]
-    for group in head_groups(problem):
-        for on_disk in (False, True):
-
-            def build(index: int, group: tuple[int, int] = group, on_disk: bool = on_disk) -> Candidate:
-                return cqs_candidate(problem, machine, group, counts[index], on_disk)
-
-            index = first_fitting(len(counts), lambda i, build=build: build(i).memory_bytes <= budget_bytes)
-            if index is not None:
-                yield build(index)
-
-
-def first_fitting(count: int, fits: Callable[[int], bool]) -> int | None:
-    """The first index below ``count`` that fits, where all after a fitting one fit too; None if none does."""
-    if not count or not fits(count - 1):
-        return None
-    low, high = 0, count - 1
-    while low < high:
-        middle = (low + high) // 2
-        low, high = (low, middle) if fits(middle) else (middle + 1, high)
-    return low
+    for group, on_disk in product(head_groups(problem), (False, True)):
+        build = partial(cqs_candidate, problem, machine, group, on_disk)
+        fitting = _first_fitting(counts, build, budget_bytes)
+        if fitting is not None:
+            yield fitting
 
 
 def rectangular_candidates(problem: Problem, machine: Machine, budget_bytes: int) -> Iterator[Candidate]:
-    """For each group the largest query tile that fits beside a key block of a quarter of the rest, at most."""
+    """For each group and length of key blocks the largest query tile that fits, which reads the keys least often."""
     query_tiles, key_tiles = _tiles(problem.query_tokens), _tiles(problem.key_tokens)
     in_place = problem.k.in_place and problem.v.in_place
-    for group in head_groups(problem):
-        for block_tiles in [key_tiles] if in_place else _halvings(min(key_tiles, KEY_BLOCK_TOKENS // TILE_TOKENS)):
+    blocks = [key_tiles] if in_place else _halvings(min(key_tiles, KEY_BLOCK_TOKENS // TILE_TOKENS))
+    for group, block in product(head_groups(problem), blocks):
+        build = partial(rectangular_candidate, problem, machine, group, block * TILE_TOKENS)
+        fitting = _first_fitting(range(1, query_tiles + 1), build, budget_bytes)
+        if fitting is not None:
+            yield fitting
 
-            def build(parts_index: int, group: tuple[int, int] = group, block: int = block_tiles) -> Candidate:
-                tile = -(-query_tiles // (parts_index + 1)) * TILE_TOKENS
-                return rectangular_candidate(problem, machine, group, tile, block * TILE_TOKENS)
 
-            index = first_fitting(query_tiles, lambda i, build=build: build(i).memory_bytes <= budget_bytes)
-            if index is not None:
-                yield build(index)
+def _first_fitting(parts: Sequence[int], build: Callable[[int], Candidate], budget_bytes: int) -> Candidate | None:
+    """The candidate of the first number of parts that fits; more parts need no more memory. None if none fits."""
+    if build(parts[-1]).memory_bytes > budget_bytes:
+        return None
+    low, high = 0, len(parts) - 1
+    while low < high:
+        middle = (low + high) // 2
+        fits = build(parts[middle]).memory_bytes <= budget_bytes
+        low, high = (low, middle) if fits else (middle + 1, high)
+    return build(parts[low])
 
 
 def _halvings(tiles: int) -> list[int]:

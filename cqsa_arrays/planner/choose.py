@@ -1,4 +1,4 @@
-"""Choosing: the cheapest way that fits the budget, by the rule of the design, or a refusal that names what would fit."""
+"""Choosing: the cheapest way that fits the budget, by the design's rule, or a refusal that names what would fit."""
 
 from __future__ import annotations
 
@@ -80,8 +80,9 @@ def _smallest(problem: Problem, machine: Machine, cover: str, chunks: int | None
     found = []
     if cover != "rectangular":
         count = chunks or chunk_counts(problem)[-1]
-        found += [cqs_candidate(problem, machine, group, count, on_disk) for on_disk in (False, True)]
+        found += [cqs_candidate(problem, machine, group, on_disk, count) for on_disk in (False, True)]
     if cover != "cqs":
-        keys = problem.key_tokens if problem.k.in_place and problem.v.in_place else TILE_TOKENS
-        found.append(rectangular_candidate(problem, machine, group, TILE_TOKENS, keys))
+        in_place = problem.k.in_place and problem.v.in_place
+        block, tiles = problem.key_tokens if in_place else TILE_TOKENS, -(-problem.query_tokens // TILE_TOKENS)
+        found.append(rectangular_candidate(problem, machine, group, block, tiles))
     return found

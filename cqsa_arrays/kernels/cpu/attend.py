@@ -30,7 +30,7 @@ def signature(dtype: str) -> Any:
 
 
 @nb.njit
-def _carve(scratch, panels, head_dim, columns, rows):  # type: ignore[no-untyped-def]
+def _carve(scratch, panels, head_dim, columns, rows):
     """The parts of the scratch, in the order of ``Tile.scratch_bytes``; each begins on a 64-byte border."""
     ends = np.cumsum(np.array([panels * head_dim, panels * columns, panels, panels, 1, 1, 1, BLOCK_KEYS])) * rows
     packed = scratch[: ends[0]].reshape((panels, head_dim, rows))
@@ -42,7 +42,7 @@ def _carve(scratch, panels, head_dim, columns, rows):  # type: ignore[no-untyped
 
 
 @nb.njit
-def _pack(queries, scale, packed):  # type: ignore[no-untyped-def]
+def _pack(queries, scale, packed):
     """Transposed, scaled queries by panel: packed[panel, d, row]; rows past the end are zero."""
     panels, head_dim, rows = packed.shape
     for panel in range(panels):
@@ -53,12 +53,12 @@ def _pack(queries, scale, packed):  # type: ignore[no-untyped-def]
 
 
 @nb.njit
-def _clear(span_acc, span_m, span_l):  # type: ignore[no-untyped-def]
+def _clear(span_acc, span_m, span_l):
     span_acc[:], span_m[:], span_l[:] = 0, -np.inf, 0
 
 
 @nb.njit
-def _merge_span(acc, m, normalizer, span_acc, span_m, span_l):  # type: ignore[no-untyped-def]
+def _merge_span(acc, m, normalizer, span_acc, span_m, span_l):
     """Merge the statistics of one span into the running state, row by row, re-based on the larger maximum."""
     rows = span_m.shape[1]
     for row in range(m.shape[0]):
@@ -76,8 +76,8 @@ def _merge_span(acc, m, normalizer, span_acc, span_m, span_l):  # type: ignore[n
 
 
 @nb.njit
-def _attend_block(parts, first_row, keys, key_stride, value_dim, value_stride, count):  # type: ignore[no-untyped-def]
-    """All panels against one block of ``count`` keys; lane r of panel p sees the first ``first_row + p * R + r`` of them."""
+def _attend_block(parts, first_row, keys, key_stride, value_dim, value_stride, count):
+    """All panels against one block of ``count`` keys; lane r of panel p sees the first ``first_row + p R + r``."""
     packed, span_acc, span_m, span_l, maxima, alpha, limits, scores, values = parts
     panels, head_dim, rows = packed.shape
     maxima_at, alpha_at, limits_at = maxima.ctypes.data, alpha.ctypes.data, limits.ctypes.data
@@ -100,7 +100,7 @@ def _attend_block(parts, first_row, keys, key_stride, value_dim, value_stride, c
 
 
 @nb.njit(nogil=True, cache=True)
-def attend_group(queries, row_start, pieces, diagonal, scale, acc, m, normalizer, scratch):  # type: ignore[no-untyped-def]
+def attend_group(queries, row_start, pieces, diagonal, scale, acc, m, normalizer, scratch):
     """Merge into the state (acc, m, normalizer) the statistics of ``queries`` against ``pieces`` of keys and values.
 
     queries (rows, D), its first row being token ``row_start``; pieces (count, 6) int64: key address, key token stride

@@ -1,7 +1,7 @@
 """The functions of ``vector_ir`` as Numba intrinsics, for the processor that Numba compiles for.
 
-Each takes the scratch array first: its dtype selects the arithmetic. Addresses are integers, because queries, keys, values and
-state lie in several buffers at once.
+Each takes the scratch array first: its dtype selects the arithmetic. Addresses are integers, because queries, keys,
+values and state lie in several buffers at once.
 """
 # The typing functions must name every argument: Numba reads their signatures.
 # ruff: noqa: D103
@@ -46,7 +46,7 @@ def _call(kind: str, scratch: Any, argument_count: int) -> tuple[Any, Any]:
 
 
 @intrinsic
-def panel_rows(typing_context, scratch):  # type: ignore[no-untyped-def]
+def panel_rows(typing_context, scratch):
     """Query rows of one panel, a compile-time constant."""
 
     def codegen(context: Any, builder: ir.IRBuilder, signature: Any, arguments: Any) -> ir.Value:
@@ -56,7 +56,7 @@ def panel_rows(typing_context, scratch):  # type: ignore[no-untyped-def]
 
 
 @intrinsic
-def tile_columns(typing_context, scratch):  # type: ignore[no-untyped-def]
+def tile_columns(typing_context, scratch):
     """Value columns of one register tile, a compile-time constant."""
 
     def codegen(context: Any, builder: ir.IRBuilder, signature: Any, arguments: Any) -> ir.Value:
@@ -66,30 +66,30 @@ def tile_columns(typing_context, scratch):  # type: ignore[no-untyped-def]
 
 
 @intrinsic
-def block_scores(typing_context, scratch, queries, keys, stride, count, head_dim, scores, maxima):  # type: ignore[no-untyped-def]
+def block_scores(typing_context, scratch, queries, keys, stride, count, head_dim, scores, maxima):
     return _call("scores", scratch, 7)
 
 
 @intrinsic
-def block_mask(typing_context, scratch, scores, count, limits, maxima):  # type: ignore[no-untyped-def]
+def block_mask(typing_context, scratch, scores, count, limits, maxima):
     return _call("mask", scratch, 4)
 
 
 @intrinsic
-def block_weights(typing_context, scratch, scores, count, maxima, m, normalizer, alpha):  # type: ignore[no-untyped-def]
+def block_weights(typing_context, scratch, scores, count, maxima, m, normalizer, alpha):
     return _call("weights", scratch, 6)
 
 
 @intrinsic
-def block_values(typing_context, scratch, weights, values, stride, count, value_dim, alpha, limits, accumulator):  # type: ignore[no-untyped-def]
+def block_values(typing_context, scratch, weights, values, stride, count, value_dim, alpha, limits, accumulator):
     return _call("values", scratch, 8)
 
 
 @intrinsic
-def block_masked_values(typing_context, scratch, weights, values, stride, count, value_dim, alpha, limits, accumulator):  # type: ignore[no-untyped-def]
+def block_masked_values(typing_context, scratch, weights, values, stride, count, value_dim, alpha, limits, accumulator):
     return _call("masked_values", scratch, 8)
 
 
 @intrinsic
-def block_copy(typing_context, scratch, rows, stride, count, row_bytes, out, out_stride):  # type: ignore[no-untyped-def]
+def block_copy(typing_context, scratch, rows, stride, count, row_bytes, out, out_stride):
     return _call("copy", scratch, 6)

@@ -43,7 +43,7 @@ def load(dtype: str) -> None:
 
 
 class CpuKernel:
-    """Implements ``Kernel`` on NumPy arrays with ``threads`` threads; queries come in blocks of at most ``rows`` rows."""
+    """``Kernel`` on NumPy arrays with ``threads`` threads; queries come in blocks of at most ``rows`` rows."""
 
     def __init__(self, dtype: str, *, rows: int, head_dim: int, value_dim: int, threads: int) -> None:
         load(dtype)

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-# Keys whose scores are held at once: 96 is a multiple of every ``keys`` and ``columns`` below, and 96 keys and values of
-# head dimension 64 stay in a 48 KiB first-level cache beside one panel of queries.
+# Keys whose scores are held at once: a multiple of every ``keys`` below; 96 keys or values of head dimension 64 stay in
+# a 48 KiB first-level cache beside one panel of queries.
 BLOCK_KEYS = 96
 # Keys accumulated from zero before one merge into the running state: bounds the rounding error at any sequence length.
 SPAN_KEYS = 32768

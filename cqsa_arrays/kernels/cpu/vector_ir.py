@@ -17,6 +17,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 
 import numpy as np
 from llvmlite import ir
@@ -250,8 +251,13 @@ def _values(
     alpha: ir.Value,
     limits: ir.Value,
     accumulator: ir.Value,
-    masked: bool = False,
+    *,
+    masked: bool,
 ) -> None:
+    """values(weights, values, value_stride_bytes, key_count, value_dim, alpha, limits, in/out accumulator).
+
+    The masked variant never multiplies an invisible value: 0 * NaN would let it reach a row that cannot see it.
+    """
     visible = _visible(e, limits) if masked else None
     with e.loop(value_dim, e.tile.keys) as first:
         pointers = [e.address(values, _clamped(e, first, value_dim, j)) for j in range(e.tile.keys)]
@@ -273,19 +279,14 @@ def _copy(
         e.build.call(memcpy, [*pointers, size, ir.Constant(ir.IntType(1), 0)])
 
 
-def _masked_values(e: Emitter, *arguments: ir.Value) -> None:
-    """As ``_values``, but an invisible value is never multiplied: 0 * NaN would reach a row that cannot see it."""
-    _values(e, *arguments, masked=True)
-
-
 # Argument kinds: p a byte pointer, i a 64-bit integer.
 _BODIES: dict[str, tuple[str, Callable[..., None]]] = {
     "scores": ("ppiiipp", _scores),
     "mask": ("pipp", _mask),
     "weights": ("pipppp", _weights),
-    "values": ("ppiiippp", _values),
+    "values": ("ppiiippp", partial(_values, masked=False)),
     "copy": ("piiipi", _copy),
-    "masked_values": ("ppiiippp", _masked_values),
+    "masked_values": ("ppiiippp", partial(_values, masked=True)),
 }
 FUNCTIONS = tuple(_BODIES)
 
