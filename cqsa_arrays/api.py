@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import os
+from numbers import Integral
 from typing import Any
-
-import numpy as np
 
 from .errors import ArgumentError
 from .job import Request, attend, collect_statistics, prepared
-from .masks import Causal, Mask
+from .masks import UNBOUNDED_DIAGONAL, Causal, Mask
 from .options import Options
 from .planner import Plan
 from .statistics import BlockStatistics
@@ -22,14 +21,15 @@ def causal(offset: int = 0) -> Causal:
     """The mask in which query i sees the keys ``j <= i + offset``.
 
     Offset 0 starts at the top left corner; ``offset=Nk - Nq`` ends at the bottom right one. Raises ArgumentError for an
-    offset that is not a whole number.
+    offset that is not a whole number, or beyond 2**62 either way.
 
     >>> causal(offset=2).keys_of(row=0, key_tokens=10)
     Range(start=0, stop=3)
     """
-    if isinstance(offset, bool) or not isinstance(offset, (int, np.integer)):
-        raise ArgumentError("offset", repr(offset), "a whole number", "Use causal(offset=Nk - Nq) for bottom-right.")
-    return Causal(int(offset))
+    if isinstance(offset, Integral) and not isinstance(offset, bool) and abs(int(offset)) <= UNBOUNDED_DIAGONAL:
+        return Causal(int(offset))
+    remedy = "Use causal(offset=Nk - Nq) for bottom-right."
+    raise ArgumentError("offset", repr(offset), "a whole number from -2**62 to 2**62", remedy)
 
 
 def attention(
@@ -49,25 +49,27 @@ def attention(
 ) -> Any:
     """Exact softmax attention, ``softmax(scale * q k^T + mask) v``, in bounded memory.
 
-    ``q`` is (batch, heads, Nq, D), ``k`` (batch, heads, Nk, D) and ``v`` (batch, heads, Nk, Dv) in ``layout`` "bhnd"; or
-    "bnhd", "hnd", "nhd" or "nd". All are float16, bfloat16, float32 or float64; the arithmetic is float64 for float64 and
-    float32 for the others. Arrays may be NumPy, np.memmap, h5py data sets, ``cqsa.open`` arrays, anything with DLPack on
-    the CPU, or the text "file.h5:/q".
+    ``q`` is (batch, heads, Nq, D), ``k`` (batch, heads, Nk, D) and ``v`` (batch, heads, Nk, Dv) in ``layout`` "bhnd";
+    or "bnhd", "hnd", "nhd" or "nd". All are float16, bfloat16, float32 or float64; the arithmetic is float64 for
+    float64 and float32 for the others. Arrays may be NumPy, np.memmap, h5py data sets, ``cqsa.open`` arrays, anything
+    with DLPack on the CPU, or the text "file.h5:/q".
 
-    ``scale`` is 1 / sqrt(D) by default. ``causal=True`` lets query i see the keys j <= i; ``mask=cqsa.causal(offset=...)``
-    moves that diagonal. ``memory`` (bytes, or text such as "512MiB"; by default half of the machine's) bounds what the
-    call adds to the resident memory of the process. ``dtype`` is the result's element type, by default q's.
+    ``scale`` is 1 / sqrt(D) by default. ``causal=True`` lets query i see the keys j <= i, and
+    ``mask=cqsa.causal(offset=...)`` moves that diagonal. ``memory`` (bytes, or text such as "512MiB"; by default half
+    of the machine's) bounds what the call adds to the resident memory of the process. ``dtype`` is the result's element
+    type, by default q's.
 
-    Returns (batch, heads, Nq, Dv) in q's layout: an array of q's kind, or ``out`` itself where that is a NumPy array, or
-    the data set /out of a new HDF5 file where ``out`` is a path (/lse beside it is the natural log-sum-exp). A row that
-    sees no key is 0 with log-sum-exp -inf; a NaN reaches exactly the rows that see it; a score of +inf makes its row NaN.
+    Returns (batch, heads, Nq, Dv) in q's layout: an array of q's kind, or ``out`` itself where that is a NumPy array,
+    or the data set /out of a new HDF5 file where ``out`` is a path (/lse beside it is the natural log-sum-exp). A row
+    that sees no key is 0 with log-sum-exp -inf; a NaN reaches exactly the rows that see it; a +inf score makes its row
+    NaN.
 
     Raises ArgumentError for arguments that cannot be used, BudgetError where ``memory`` is too small for the smallest
     piece of the work, StorageError for files that cannot be read or written; an output file is then not left behind.
 
-    Method: CQS Divide of Stream-CQSA (Bian and Akey, arXiv 2604.20819) or a rectangular tiling, whichever ``plan`` shows.
+    Method: CQS Divide of Stream-CQSA (Bian and Akey, arXiv 2604.20819) or a rectangular tiling; ``plan`` shows which.
 
-    >>> import cqsa_arrays as cqsa
+    >>> import numpy as np, cqsa_arrays as cqsa
     >>> rng = np.random.default_rng(0)
     >>> q, k, v = rng.standard_normal((3, 2, 100, 16)).astype("float32")
     >>> cqsa.attention(q, k, v, causal=True).shape
@@ -100,7 +102,7 @@ def plan(
 
     Returns a Plan; ``print`` shows it as a table, ``to_json()`` gives it as JSON. Raises as ``attention`` does.
 
-    >>> import cqsa_arrays as cqsa
+    >>> import numpy as np, cqsa_arrays as cqsa
     >>> x = np.zeros((2, 1000, 16), "float32")
     >>> cqsa.plan(x, x, x, memory="64MiB").cover_name
     'cqs'
@@ -128,10 +130,10 @@ def statistics(
 ) -> BlockStatistics:
     """The block statistics of ``q`` over the keys ``k``: what remains to be merged with those over other keys.
 
-    Arguments as for ``attention``. Returns ``BlockStatistics`` with acc (batch, heads, Nq, Dv), m and l (batch, heads, Nq),
-    float64 for float64 inputs and float32 for others; ``merge`` combines them over disjoint key sets.
+    Arguments as for ``attention``. Returns ``BlockStatistics`` with acc (batch, heads, Nq, Dv), m and l (batch, heads,
+    Nq), float64 for float64 inputs and float32 for others; ``merge`` combines them over disjoint key sets.
 
-    >>> import cqsa_arrays as cqsa
+    >>> import numpy as np, cqsa_arrays as cqsa
     >>> rng = np.random.default_rng(0)
     >>> q, k, v = rng.standard_normal((3, 1, 1, 100, 16))
     >>> parts = [cqsa.statistics(q, k[:, :, s], v[:, :, s]) for s in (slice(0, 30), slice(30, 100))]
@@ -147,7 +149,7 @@ def statistics(
 
 
 def open(path: str | os.PathLike[str], *, layout: str | None = None, locking: bool | str | None = None) -> OpenedFile:
-    """The data sets /q, /k and /v of an HDF5 file as ``.q``, ``.k`` and ``.v``: memory-mapped where they are contiguous.
+    """The data sets /q, /k and /v of an HDF5 file as ``.q``, ``.k`` and ``.v``: memory-mapped where contiguous.
 
     ``layout`` overrides the data sets' attribute. ``locking=False`` opens files on disks that have no locks. Raises
     ArgumentError for a path without such data sets, StorageError for a file that cannot be read.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 import tempfile
-from numbers import Real
+from numbers import Integral, Number, Real
 from typing import Any
 
 import numpy as np
@@ -15,7 +15,7 @@ from .errors import ArgumentError
 from .masks import Causal, Full, Mask
 from .options import Options
 from .planner import Budget, Machine, Operand, Problem, Rates, Result
-from .storage import Layout, TokenSource, as_source, dataset
+from .storage import LAYOUTS, Layout, TokenSource, as_source, dataset
 from .units import format_bytes, parse_bytes
 
 FLOATS = ("float16", "bfloat16", "float32", "float64")
@@ -29,6 +29,13 @@ def open_source(array: object, argument: str, layout: str | None) -> TokenSource
     if isinstance(array, (str, os.PathLike)):
         array = dataset(os.fspath(array), layout=layout, argument=argument)
     return as_source(array, argument, layout)
+
+
+def check_layout(layout: object) -> None:
+    """Must be one of the layouts, or None."""
+    if layout is not None and layout not in LAYOUTS:
+        remedy = "b = batch, h = heads, n = tokens, d = head dim."
+        raise ArgumentError("layout", _shown(layout), f"one of {', '.join(LAYOUTS)}", remedy)
 
 
 def check_inputs(inputs: Inputs) -> None:
@@ -68,14 +75,15 @@ def _check_types(inputs: Inputs) -> None:
 def resolve_mask(causal: bool, mask: Mask | None) -> Mask:
     """The mask of ``causal=`` and ``mask=``, of which at most one may be given."""
     if not isinstance(causal, (bool, np.bool_)):
-        raise ArgumentError("causal", repr(causal), "True or False", "For an offset pass mask=cqsa.causal(offset=...).")
+        remedy = "For an offset pass mask=cqsa.causal(offset=...)."
+        raise ArgumentError("causal", _shown(causal), "True or False", remedy)
     if mask is None:
         return Causal() if causal else Full()
     if causal:
         raise ArgumentError("causal", "both causal=True and mask=", "one of them", "Leave causal out.")
     if not isinstance(mask, (Causal, Full)):
         raise ArgumentError(
-            "mask", repr(mask), "cqsa.causal(...) or None", "Masks are functions of the row, not arrays."
+            "mask", _shown(mask), "cqsa.causal(...) or None", "Masks are functions of the row, not arrays."
         )
     return mask
 
@@ -84,9 +92,13 @@ def resolve_scale(scale: float | None, head_dim: int) -> float:
     """``scale``, or 1 / sqrt(head_dim)."""
     if scale is None:
         return head_dim**-0.5
-    if not isinstance(scale, Real) or isinstance(scale, bool) or not math.isfinite(scale):
-        raise ArgumentError("scale", repr(scale), "a finite number", "Leave it out for 1 / sqrt(head_dim).")
-    return float(scale)
+    try:
+        found = float(scale) if isinstance(scale, Real) and not isinstance(scale, bool) else math.nan
+    except OverflowError:  # a whole number beyond every float
+        found = math.inf
+    if not math.isfinite(found):
+        raise ArgumentError("scale", _shown(scale), "a finite number", "Leave it out for 1 / sqrt(head_dim).")
+    return found
 
 
 def resolve_dtype(dtype: Any, default: np.dtype) -> np.dtype:
@@ -98,7 +110,7 @@ def resolve_dtype(dtype: Any, default: np.dtype) -> np.dtype:
     try:
         found = np.dtype(ml_dtypes.bfloat16 if isinstance(dtype, str) and dtype == "bfloat16" else dtype)
     except TypeError as error:
-        raise ArgumentError("dtype", repr(dtype), f"one of {', '.join(FLOATS)}", "Leave it out for q's.") from error
+        raise ArgumentError("dtype", _shown(dtype), f"one of {', '.join(FLOATS)}", "Leave it out for q's.") from error
     if found.name not in FLOATS or not found.isnative:
         raise ArgumentError("dtype", str(found), f"one of {', '.join(FLOATS)}", "Leave it out for q's.")
     return found
@@ -107,7 +119,7 @@ def resolve_dtype(dtype: Any, default: np.dtype) -> np.dtype:
 def check_device(device: str) -> None:
     """This version computes on the CPU."""
     if device not in ("auto", "cpu"):
-        raise ArgumentError("device", repr(device), "'cpu' or 'auto'", "This version computes on the CPU.")
+        raise ArgumentError("device", _shown(device), "'cpu' or 'auto'", "This version computes on the CPU.")
 
 
 def check_options(options: object) -> None:
@@ -118,12 +130,29 @@ def check_options(options: object) -> None:
 
 def machine(options: Options) -> Machine:
     """The threads to use and the page cache to hope for."""
-    threads = options.threads
-    if threads is None:
+    if options.threads is not None:
+        threads = whole_number(options.threads, "threads", 1, "Leave it out to use every processor.")
+    else:
         threads = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    if not isinstance(threads, int) or threads < 1:
-        raise ArgumentError("threads", repr(options.threads), "at least 1", "Leave it out to use every processor.")
     return Machine(threads, total_memory_bytes() // 2, Rates())
+
+
+def resolve_chunks(options: Options) -> int | None:
+    """The number of chunks that was asked for."""
+    if options.chunks is None:
+        return None
+    return whole_number(options.chunks, "chunks", 1, "Leave it out to let the planner choose.")
+
+
+def whole_number(value: Any, argument: str, least: int, remedy: str) -> int:
+    """``value`` as an int. Raises ArgumentError, naming ``argument``, for other types and below ``least``.
+
+    >>> whole_number(np.int64(3), "chunks", 1, "")
+    3
+    """
+    if isinstance(value, Integral) and not isinstance(value, bool) and value >= least:
+        return int(value)
+    raise ArgumentError(argument, _shown(value), f"a whole number, at least {least}", remedy)
 
 
 def total_memory_bytes() -> int:
@@ -137,7 +166,7 @@ def total_memory_bytes() -> int:
     return min(total, int(limit)) if limit.isdigit() else total
 
 
-def resolve_budget(memory: int | str | None, options: Options, out: object) -> Budget:
+def resolve_budget(memory: int | str | None, options: Options, out: Any) -> Budget:
     """Bytes that may be held, and where states go that do not fit."""
     limits = {"memory": memory, "host_memory": options.host_memory}
     given = {f"{name}={value!r}": parse_bytes(value, name) for name, value in limits.items() if value is not None}
@@ -145,8 +174,8 @@ def resolve_budget(memory: int | str | None, options: Options, out: object) -> B
     if scratch is None:
         is_path = isinstance(out, (str, os.PathLike))
         scratch = os.path.dirname(os.path.abspath(os.fspath(out))) if is_path else tempfile.gettempdir()
-    elif not os.path.isdir(scratch):
-        raise ArgumentError("scratch", repr(scratch), "an existing directory", "Make it, or leave it out.")
+    elif not isinstance(scratch, (str, os.PathLike)) or not os.path.isdir(scratch):
+        raise ArgumentError("scratch", _shown(scratch), "an existing directory", "Make it, or leave it out.")
     if given:
         origin = min(given, key=lambda name: given[name])
         return Budget(given[origin], origin, os.fspath(scratch))
@@ -179,11 +208,18 @@ def result_shape(inputs: Inputs) -> tuple[int, int, int, int]:
     return batch, heads, tokens, inputs.v.shape[3]
 
 
-def check_out_array(out: np.ndarray, shape: tuple[int, ...], layout: Layout) -> None:
-    """``out`` must be a writable NumPy float array of ``shape``."""
+def check_out_array(out: np.ndarray, shape: tuple[int, ...], layout: Layout, inputs: tuple[object, ...]) -> None:
+    """``out`` must be a writable NumPy float array of ``shape`` that shares no memory with the ``inputs``."""
     if out.shape != shape:
         raise ArgumentError("out", f"shape {out.shape}", f"{shape}, layout {layout}", "Pass an array of that shape.")
     if out.dtype.name not in FLOATS or not out.dtype.isnative:
         raise ArgumentError("out", f"dtype {out.dtype}", f"one of {', '.join(FLOATS)}", "Pass a float array.")
     if not out.flags.writeable:
         raise ArgumentError("out", "a read-only array", "a writable one", "Pass an array that may be changed.")
+    if any(isinstance(array, np.ndarray) and np.shares_memory(out, array) for array in inputs):
+        raise ArgumentError("out", "memory of an input", "an array of its own", "Inputs are never overwritten.")
+
+
+def _shown(value: object) -> str:
+    """``value`` in an error, on one line: text and numbers as they are written, of everything else its type."""
+    return repr(value) if value is None or isinstance(value, (str, Number)) else f"type {type(value).__name__}"

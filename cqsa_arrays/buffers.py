@@ -19,4 +19,6 @@ def allocate(shape: int | tuple[int, ...], dtype: Any) -> np.ndarray:
     """
     count = int(np.prod(shape))
     pages = mmap.mmap(-1, max(1, count * np.dtype(dtype).itemsize))
+    if hasattr(mmap, "MADV_HUGEPAGE"):  # one fault for 2 MiB instead of 512
+        pages.madvise(mmap.MADV_HUGEPAGE)
     return np.frombuffer(pages, dtype, count).reshape(shape)

@@ -16,9 +16,10 @@ from .engine import Inputs, OutputResults, Progress, ProgressBar, RunReport, Sil
 from .errors import ArgumentError, BudgetError
 from .masks import Mask
 from .options import Options
-from .planner import Plan, Result, choose, mask_to_dict, output_piece_rows
+from .planner import Budget, Plan, Problem, Result, choose, mask_to_dict, output_piece_rows
 from .statistics import BlockStatistics
 from .storage import ArraySink, OutputFile, Sink, TokenSource, dataset, output_staging_bytes
+from .units import format_bytes
 from .version import __version__
 
 
@@ -57,6 +58,7 @@ def prepared(request: Request, *, as_statistics: bool = False) -> Iterator[Job]:
     """
     arguments.check_device(request.device)
     arguments.check_options(request.options)
+    arguments.check_layout(request.layout)
     with ExitStack() as stack:
         sources = []
         for name in "qkv":
@@ -69,35 +71,42 @@ def prepared(request: Request, *, as_statistics: bool = False) -> Iterator[Job]:
         scale = arguments.resolve_scale(request.scale, inputs.q.shape[3])
         problem = arguments.build_problem(inputs, result, mask, scale)
         budget = arguments.resolve_budget(request.memory, request.options, request.out)
-        if result.place == "new array" and problem.output_bytes > budget.memory_bytes:
-            raise BudgetError(
-                f"memory: the result alone takes {problem.output_bytes} bytes, but the budget is {budget.memory_bytes}"
-                f" ({budget.origin}). Pass out='out.h5' to write it to a file, or a larger memory."
-            )
-        machine, options = arguments.machine(request.options), request.options
-        yield Job(
-            request, inputs, choose(problem, budget, machine, cover=options.cover, chunks=options.chunks, device="cpu")
-        )
+        yield Job(request, inputs, _plan(problem, budget, request.options))
+
+
+def _plan(problem: Problem, budget: Budget, options: Options) -> Plan:
+    machine, chunks = arguments.machine(options), arguments.resolve_chunks(options)
+    try:
+        return choose(problem, budget, machine, cover=options.cover, chunks=chunks, device="cpu")
+    except BudgetError as error:
+        # Statistics have no other place; an output has.
+        if problem.result.place != "new array" or problem.result.row_scalars:
+            raise
+        size = format_bytes(problem.output_bytes)
+        raise BudgetError(f"{error} Or pass out='out.h5': then the result, {size}, is not in memory.") from None
 
 
 def _statistics_result(inputs: Inputs) -> Result:
     compute = arguments.compute_dtype(inputs.q.dtype)
-    return Result(compute, np.dtype(compute).itemsize, "new array", 2, 0, "statistics in memory")
+    return Result(compute, np.dtype(compute).itemsize, "new array", 2, 0, "statistics in memory", True)
 
 
 def _result(inputs: Inputs, request: Request) -> Result:
     """Where the output goes and of what type it is."""
     shape, layout, out = arguments.result_shape(inputs), inputs.q.layout, request.out
     if isinstance(out, np.ndarray):
-        arguments.check_out_array(out, layout.physical_shape(shape), layout)
+        arguments.check_out_array(out, layout.physical_shape(shape), layout, (request.q, request.k, request.v))
         if request.dtype is not None and arguments.resolve_dtype(request.dtype, out.dtype) != out.dtype:
             raise ArgumentError("dtype", repr(request.dtype), f"{out.dtype}, as out has", "Leave dtype out.")
-        return Result(out.dtype.name, out.dtype.itemsize, "array", 0, 0, "the array given as out=")
+        home = out.dtype.name == arguments.compute_dtype(inputs.q.dtype) and out.flags.aligned
+        return Result(out.dtype.name, out.dtype.itemsize, "array", 0, 0, "the array given as out=", home)
     dtype = arguments.resolve_dtype(request.dtype, inputs.q.dtype)
     if out is None:
-        return Result(dtype.name, dtype.itemsize, "new array", 0, 0, "a new array in memory")
-    if not isinstance(out, (str, os.PathLike)):
-        raise ArgumentError("out", type(out).__name__, "a NumPy array, a path or None", "Leave it out for a new array.")
+        home = dtype.name == arguments.compute_dtype(inputs.q.dtype)
+        return Result(dtype.name, dtype.itemsize, "new array", 0, 0, "a new array in memory", home)
+    if not isinstance(out, (str, os.PathLike)) or not os.fspath(out):
+        found = repr(out) if isinstance(out, str) else f"type {type(out).__name__}"
+        raise ArgumentError("out", found, "a NumPy array, a path or None", "Leave it out for a new array.")
     staging = output_staging_bytes(shape, dtype, layout)
     return Result(dtype.name, dtype.itemsize, "file", 1, staging, f"{os.fspath(out)}:/out and /lse")
 
@@ -115,12 +124,12 @@ def attend(job: Job) -> tuple[Any, RunReport]:
             request.out, shape=shape, dtype=dtype, layout=layout, lse_dtype=np.dtype(problem.compute_dtype),
             attributes=_attributes(job), overwrite=request.options.overwrite, inputs=_paths(inputs),
         ) as file:  # fmt: skip
-            report = _run(job, OutputResults(file, output_piece_rows(problem)))
+            report = _run(job, _output_results(job, file, None))
             file.finish()
         return dataset(f"{os.fspath(request.out)}:/out", argument="out"), report
     array = request.out if problem.result.place == "array" else np.empty(layout.physical_shape(shape), dtype)
-    sink: Sink = ArraySink(array, None, layout)
-    report = _run(job, OutputResults(sink, output_piece_rows(problem)))
+    home = layout.logical(array) if problem.result.holds_states else None
+    report = _run(job, _output_results(job, ArraySink(array, None, layout), home))
     return (array if problem.result.place == "array" else _like(array, request.q)), report
 
 
@@ -132,15 +141,21 @@ def collect_statistics(job: Job) -> BlockStatistics:
     return results.statistics
 
 
+def _output_results(job: Job, sink: Sink, home: np.ndarray | None) -> OutputResults:
+    return OutputResults(sink, output_piece_rows(job.plan.problem), job.plan.chosen.residency.threads, home)
+
+
 def _run(job: Job, results: OutputResults | StatisticsResults) -> RunReport:
     problem = job.plan.problem
     progress: Progress = ProgressBar(problem.pairs, problem.flops) if job.request.options.progress else Silent()
-    with closing(progress):
+    with closing(progress), closing(results):
         return run(job.plan, job.inputs, results, progress)
 
 
 def _like(array: np.ndarray, model: Any) -> Any:
     """``array`` as an array of the library that ``model`` is of, where that takes over DLPack; else as it is."""
+    if isinstance(model, np.ndarray):
+        return array
     library = sys.modules.get(type(model).__module__.partition(".")[0])
     takes_over = getattr(library, "from_dlpack", None)
     return takes_over(array) if hasattr(model, "__dlpack__") and takes_over is not None else array

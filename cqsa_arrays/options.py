@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 
 
@@ -9,16 +10,16 @@ from dataclasses import dataclass
 class Options:
     """Rarer choices of ``attention``, ``statistics`` and ``plan``; the defaults suit almost everybody.
 
-    ``host_memory``: bytes or text such as "2GiB" that bound the host; on the CPU the smaller of it and ``memory`` counts.
-    ``scratch``: the directory for partial states that do not fit in memory (default: that of the output file, else the
-    system's temporary directory). ``cover``: "auto", "cqs" or "rectangular". ``chunks``: the number of chunks of the CQS
-    cover (default: the smallest with a perfect difference set that fits). ``threads``: default is every processor that this
-    process may use; results do not depend on it. ``overwrite``: whether an existing output file may be replaced.
-    ``progress``: show a progress bar on standard error where that is a terminal.
+    ``host_memory``: bytes or text such as "2GiB" that bound the host; on the CPU the smaller of it and ``memory``
+    counts. ``scratch``: the directory for partial states that do not fit in memory (default: that of the output file,
+    else the system's temporary directory). ``cover``: "auto", "cqs" or "rectangular". ``chunks``: the number of chunks
+    of the CQS cover (default: the smallest with a perfect difference set that fits). ``threads``: default is every
+    processor that this process may use; results do not depend on it. ``overwrite``: whether an existing output file may
+    be replaced. ``progress``: show a progress bar on standard error where that is a terminal.
     """
 
     host_memory: int | str | None = None
-    scratch: str | None = None
+    scratch: str | os.PathLike[str] | None = None
     cover: str = "auto"
     chunks: int | None = None
     threads: int | None = None

@@ -9,7 +9,7 @@ from dataclasses import replace
 
 import numpy as np
 
-from .arguments import compute_dtype
+from .arguments import compute_dtype, whole_number
 from .compare import ErrorReport, Tolerance, compare_rows
 from .errors import ArgumentError, StorageError
 from .planner import mask_from_dict
@@ -23,15 +23,16 @@ def verify(
 ) -> ErrorReport:
     """Compare sampled rows of an output file with float64 attention of its inputs, computed without the kernels.
 
-    ``path`` is a file that ``attention(out=...)`` or ``cqsa attend`` wrote; it names its inputs, mask and scale. ``rows``
-    tokens (None: all) are drawn with ``seed``, the first and the last always among them, and checked in every batch and
-    head; ``tolerance`` replaces the dtype's bound on the relative Frobenius error.
+    ``path`` is a file that ``attention(out=...)`` or ``cqsa attend`` wrote; it names its inputs, mask and scale.
+    ``rows`` tokens (None: all) are drawn with ``seed``, the first and the last always among them, and checked in every
+    batch and head; ``tolerance`` replaces the dtype's bound on the relative Frobenius error.
 
-    Returns an ErrorReport; ``report.passed`` says whether every error is within its tolerance. Raises ArgumentError for a
-    file that is no output, StorageError where the inputs are gone or have changed since.
+    Returns an ErrorReport; ``report.passed`` says whether every error is within its tolerance. Raises ArgumentError for
+    a file that is no output, StorageError where the inputs are gone or have changed since.
     """
-    if rows is not None and rows < 1:
-        raise ArgumentError("rows", rows, "at least 1, or None for all", "256 rows find any systematic error.")
+    if rows is not None:
+        rows = whole_number(rows, "rows", 1, "None checks all rows; 256 find any systematic error.")
+    seed = whole_number(seed, "seed", 0, "Leave it out for 0.")
     attributes = describe(path).attributes
     path = os.fspath(path)
     try:

@@ -28,7 +28,8 @@ def attend(arguments: Namespace) -> bool:
             print(f"{arguments.out}: /out {output.layout}{output.shape} {output.dtype.name}, and /lse")
             print(
                 f"{format_seconds(report.elapsed_s)}, {rate:.1f} GFLOP/s, {job.plan.cover_name} cover,"
-                f" read {format_bytes(report.input_read_bytes)}, moved {format_bytes(report.state_moved_bytes)} of states,"
+                f" read {format_bytes(report.input_read_bytes)},"
+                f" moved {format_bytes(report.state_moved_bytes)} of states,"
                 f" held at most {format_bytes(job.plan.memory_bytes)}"
             )
             print(f"check it: cqsa verify {arguments.out}")
@@ -74,8 +75,7 @@ def make(arguments: Namespace) -> bool:
             bar.update(written - bar.n)
 
         make_inputs(arguments.path, spec, overwrite=arguments.overwrite, progress=show)
-    print(describe(arguments.path))
-    return True
+    return info(arguments)
 
 
 def info(arguments: Namespace) -> bool:

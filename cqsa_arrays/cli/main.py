@@ -1,6 +1,7 @@
 """Entry of the command: parses, runs one subcommand, turns errors into messages and exit codes.
 
-Exit codes: 0 done; 1 a comparison or verification failed; 2 input that cannot be used; 130 interrupted.
+Exit codes: 0 done; 1 a comparison or verification failed; 2 input that cannot be used; 130 interrupted;
+141 nobody read the output; 143 terminated.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from types import FrameType
 from ..errors import CqsaError
 from .parser import build_parser
 
-FAILED, UNUSABLE, INTERRUPTED, TERMINATED = 1, 2, 130, 143
+FAILED, UNUSABLE, INTERRUPTED, UNREAD, TERMINATED = 1, 2, 130, 141, 143
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -38,7 +39,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:
         # The reader of our output is gone, as in `cqsa info x.h5 | head`: nothing is left to say to it.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
+        return UNREAD
 
 
 def _terminate(number: int, frame: FrameType | None) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 
 from ..version import __version__
 
@@ -29,14 +30,15 @@ def build_parser() -> argparse.ArgumentParser:
     verify.add_argument("path", metavar="OUT.h5")
     verify.add_argument("--rows", type=_rows, default=256, metavar="N", help='tokens to check, or "all" (default 256)')
     verify.add_argument("--seed", type=int, default=0, help="seed of the sample (default 0)")
-    verify.add_argument("--tolerance", type=float, help="relative Frobenius error to allow (default: by dtype)")
+    verify.add_argument("--tolerance", type=_tolerance, help="relative Frobenius error to allow (default: by dtype)")
 
     compare = commands.add_parser("compare", help="error report of one data set against another")
     compare.add_argument("result", metavar="A.h5:/out")
     compare.add_argument("reference", metavar="B.h5:/out")
-    compare.add_argument("--tolerance", type=float, help="relative Frobenius error to allow (default: by dtype)")
+    compare.add_argument("--tolerance", type=_tolerance, help="relative Frobenius error to allow (default: by dtype)")
 
-    _add_make(commands.add_parser("make", help="write synthetic /q, /k, /v of any size"))
+    make = commands.add_parser("make", help="write synthetic /q, /k, /v of any size")
+    _add_make(make)
 
     info = commands.add_parser("info", help="show what a file holds and how it would be read")
     info.add_argument("path", metavar="FILE.h5")
@@ -47,7 +49,7 @@ def build_parser() -> argparse.ArgumentParser:
     demo.add_argument("--memory", default="64MiB", help="budget (default 64MiB)")
     demo.add_argument("--keep", action="store_true", help="keep the HDF5 files of the run")
 
-    for command in (attend, plan, verify, compare, info, demo):
+    for command in (attend, plan, verify, compare, make, info, demo):
         command.add_argument("--json", action="store_true", help="print JSON instead of text")
     return parser
 
@@ -89,4 +91,17 @@ def _add_make(parser: argparse.ArgumentParser) -> None:
 
 
 def _rows(text: str) -> int | None:
-    return None if text == "all" else int(text)
+    try:
+        return None if text == "all" else int(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f'{text!r}: expected a whole number or "all"') from error
+
+
+def _tolerance(text: str) -> float:
+    try:
+        found = float(text)
+    except ValueError:
+        found = math.nan
+    if not found >= 0:  # NaN, too
+        raise argparse.ArgumentTypeError(f"{text!r}: expected a number, at least 0")
+    return found

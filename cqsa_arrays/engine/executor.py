@@ -9,6 +9,8 @@ from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from itertools import chain, pairwise
 
+import numpy as np
+
 from ..cover import Cover, Step
 from ..kernels.base import Kernel, KeyBlock
 from ..planner import Group, Plan
@@ -77,7 +79,7 @@ def run(plan: Plan, inputs: Inputs, results: Results, progress: Progress) -> Run
     start, before = time.perf_counter(), _bytes_read(inputs)
     cover = plan.build_cover()
     with ExitStack() as stack:
-        resident = _allocate(plan, inputs, stack)
+        resident = _allocate(plan, inputs, results.home, stack)
         ahead = stack.enter_context(closing(ReadAhead(resident)))
         current = None
         for work, upcoming in pairwise(chain(schedule(plan.groups, cover), (None,))):
@@ -121,7 +123,7 @@ def _attend(plan: Plan, resident: Resident, step: Step, progress: Progress) -> N
     resident.states.store(step.queries, state)
 
 
-def _allocate(plan: Plan, inputs: Inputs, stack: ExitStack) -> Resident:
+def _allocate(plan: Plan, inputs: Inputs, home: np.ndarray | None, stack: ExitStack) -> Resident:
     """Exactly the terms of the plan's memory table."""
     from ..kernels.cpu.kernel import CpuKernel
 
@@ -131,7 +133,7 @@ def _allocate(plan: Plan, inputs: Inputs, stack: ExitStack) -> Resident:
         dtype, rows=size.query_chunk, head_dim=problem.head_dim, value_dim=problem.value_dim, threads=size.threads
     )
     stack.enter_context(closing(kernel))
-    states = stack.enter_context(closing(open_states(plan)))
+    states = stack.enter_context(closing(open_states(plan, home)))
     return Resident(
         kernel,
         Pages(inputs.q, slots=1, tokens=size.query_chunk, heads=size.heads, dtype=dtype),

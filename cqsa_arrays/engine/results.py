@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import product
 from typing import Protocol
 
 import numpy as np
@@ -10,30 +11,47 @@ from ..planner import Group
 from ..ranges import Range
 from ..statistics import BlockStatistics
 from ..storage import Sink
+from ..workers import Workers
 
 
 class Results(Protocol):
-    """Takes every row of every head once, when its last key has been seen."""
+    """Takes every row of every head once, when its last key has been seen.
+
+    ``home`` is memory (B, H, Nq, Dv) of the result in which states may be accumulated until then, or None.
+    """
+
+    home: np.ndarray | None
 
     def take(self, group: Group, rows: Range, state: BlockStatistics) -> None:
         """Keep what is wanted of ``state``, (batch, heads, rows)."""
 
+    def close(self) -> None:
+        """Release threads."""
+
 
 class OutputResults:
-    """Writes ``acc / l`` and the log-sum-exp, divided piece by piece of at most ``piece_rows`` rows of one head."""
+    """Writes ``acc / l`` and the log-sum-exp, in pieces of at most ``piece_rows`` rows of one head, by ``threads``."""
 
-    def __init__(self, sink: Sink, piece_rows: int) -> None:
-        self._sink, self._piece_rows = sink, piece_rows
+    def __init__(self, sink: Sink, piece_rows: int, threads: int, home: np.ndarray | None) -> None:
+        self._sink, self._piece_rows, self.home = sink, piece_rows, home
+        self._workers = Workers(threads, "output")
 
     def take(self, group: Group, rows: Range, state: BlockStatistics) -> None:
-        for b, batch in enumerate(group.batch.split(1)):
-            for h, heads in enumerate(group.heads.split(1)):
-                for piece in Range(0, len(rows)).split(self._piece_rows):
-                    part = (slice(b, b + 1), slice(h, h + 1), piece.slice)
-                    finished = BlockStatistics(state.acc[part], state.m[part], state.l[part])
-                    tokens = Range(rows.start + piece.start, rows.start + piece.stop)
-                    self._sink.write_out(batch, heads, tokens, finished.output())
-                    self._sink.write_lse(batch, heads, tokens, finished.lse())
+        batches, heads = enumerate(group.batch.split(1)), list(enumerate(group.heads.split(1)))
+        pieces = Range(0, len(rows)).split(self._piece_rows)
+
+        def write(item: tuple[tuple[int, Range], tuple[int, Range], Range]) -> None:
+            (b, batch), (h, head), piece = item
+            part = (slice(b, b + 1), slice(h, h + 1), piece.slice)
+            finished = BlockStatistics(state.acc[part], state.m[part], state.l[part])
+            tokens = Range(rows.start + piece.start, rows.start + piece.stop)
+            self._sink.write_out(batch, head, tokens, finished.output())
+            self._sink.write_lse(batch, head, tokens, finished.lse())
+
+        self._workers.run(product(batches, heads, pieces), write)
+
+    def close(self) -> None:
+        self._workers.close()
 
 
 class StatisticsResults:
@@ -41,7 +59,11 @@ class StatisticsResults:
 
     def __init__(self, shape: tuple[int, int, int], value_dim: int, dtype: str) -> None:
         self.statistics = BlockStatistics.empty(shape, value_dim, np.dtype(dtype))
+        self.home = self.statistics.acc
 
     def take(self, group: Group, rows: Range, state: BlockStatistics) -> None:
         part = (group.batch.slice, group.heads.slice, rows.slice)
         self.statistics.acc[part], self.statistics.m[part], self.statistics.l[part] = state.acc, state.m, state.l
+
+    def close(self) -> None:
+        """Nothing to do: ``statistics`` is the result."""

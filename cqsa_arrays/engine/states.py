@@ -56,18 +56,25 @@ def _clear(state: BlockStatistics) -> None:
 
 
 class ResidentStates:
-    """All rows of a group stay in memory."""
+    """All rows of a group stay in memory; with ``home``, (B, H, Nq, Dv), their ``acc`` in the result's own memory."""
 
     moved_bytes = 0
 
-    def __init__(self, rows: int, heads: int, value_dim: int, dtype: str) -> None:
-        self._block = _Block(rows, heads, value_dim, dtype)
-        self._rows = rows
+    def __init__(self, rows: int, heads: int, value_dim: int, dtype: str, home: np.ndarray | None) -> None:
+        self._block = _Block(rows, heads, 0 if home is not None else value_dim, dtype)
+        self._rows, self._home = rows, home
         self._state: BlockStatistics | None = None
 
     def begin(self, group: Group) -> None:
-        self._state, _ = self._block.view(group, self._rows)
-        _clear(self._state)
+        untouched = self._state is None and self._home is None
+        state, _ = self._block.view(group, self._rows)
+        if self._home is not None:
+            state = BlockStatistics(self._home[group.batch.slice, group.heads.slice], state.m, state.l)
+        if untouched:  # its pages are zero and not there yet: let the kernel's threads touch them
+            state.m[...] = -np.inf
+        else:
+            _clear(state)
+        self._state = state
 
     def load(self, rows: Range) -> BlockStatistics:
         assert self._state is not None, "begin() comes first"
@@ -170,7 +177,7 @@ class FileStates:
 
     def _transfer(self, call: Callable[[int, list[memoryview], int], int], flat: np.ndarray, position: int) -> None:
         """All of ``flat`` by positioned reads or writes, which may each move less than asked."""
-        view = memoryview(flat.view(np.uint8))
+        view = flat.view(np.uint8).data
         done = 0
         while done < len(view):
             moved = call(self._file, [view[done:]], position + done)
@@ -180,12 +187,12 @@ class FileStates:
         self.moved_bytes += done
 
 
-def open_states(plan: Plan) -> StateStore:
-    """The store that ``plan`` asks for."""
+def open_states(plan: Plan, home: np.ndarray | None) -> StateStore:
+    """The store that ``plan`` asks for; ``home`` as in ``ResidentStates``."""
     chosen, problem = plan.chosen, plan.problem
     heads, dim, dtype = chosen.batches * chosen.heads, problem.value_dim, problem.compute_dtype
     if chosen.states_on_disk:
         return FileStates(plan.build_cover().queries, heads, dim, dtype, plan.budget.scratch)
     if chosen.cover == "rectangular":
         return TileStates(chosen.residency.query_chunk, heads, dim, dtype)
-    return ResidentStates(problem.query_tokens, heads, dim, dtype)
+    return ResidentStates(problem.query_tokens, heads, dim, dtype, home)

@@ -83,7 +83,8 @@ def cqs_candidate(problem: Problem, machine: Machine, group: tuple[int, int], on
     heads, size = group[0] * group[1], set_size(chunks)
     queries, keys = (Cut(n, chunks, TILE_TOKENS) for n in (problem.query_tokens, problem.key_tokens))
     state_rows = queries.longest if on_disk else problem.query_tokens
-    residency = Residency(heads, queries.longest, keys.longest, size, state_rows, machine.threads)
+    row_bytes = state_row_bytes(problem, in_result=problem.result.holds_states and not on_disk)
+    residency = Residency(heads, queries.longest, keys.longest, size, state_rows, row_bytes, machine.threads)
     groups = problem.batch * problem.heads / heads
     loads = 1.0 if chunks == 1 else float(size)
     moves = loads if on_disk else 0.0
@@ -98,7 +99,8 @@ def rectangular_candidate(
     heads = group[0] * group[1]
     parts = (query_parts, -(-problem.key_tokens // key_block))
     queries, keys = Cut(problem.query_tokens, parts[0], TILE_TOKENS), Cut(problem.key_tokens, parts[1], TILE_TOKENS)
-    residency = Residency(heads, queries.longest, keys.longest, 1, queries.longest, machine.threads)
+    row_bytes = state_row_bytes(problem)
+    residency = Residency(heads, queries.longest, keys.longest, 1, queries.longest, row_bytes, machine.threads)
     groups = problem.batch * problem.heads / heads
     passes = 1.0 if query_parts == 1 else max(1.0, query_parts * _live_fraction(problem))
     work = Work(1.0, passes, 0.0, int(groups * parts[0] * parts[1]), queries.longest)

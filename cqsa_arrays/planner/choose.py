@@ -33,8 +33,9 @@ def choose(problem: Problem, budget: Budget, machine: Machine, *, cover: str, ch
         raise ArgumentError("cover", repr(cover), f"one of {', '.join(COVERS)}", "'auto' lets the planner choose.")
     if chunks is not None and chunks < 1:
         raise ArgumentError("chunks", chunks, "at least 1", "Leave it out to let the planner choose.")
+    quorums = list(cqs_candidates(problem, machine, budget.memory_bytes, chunks))
     found = {
-        "cqs": _cheapest(list(cqs_candidates(problem, machine, budget.memory_bytes, chunks))),
+        "cqs": _cheapest([c for c in quorums if not _writes_too_much(c)]) or _cheapest(quorums),
         "rectangular": _cheapest(list(rectangular_candidates(problem, machine, budget.memory_bytes))),
     }
     chosen, reason = _select(found["cqs"], found["rectangular"], cover)
@@ -42,6 +43,11 @@ def choose(problem: Problem, budget: Budget, machine: Machine, *, cover: str, ch
         raise _refusal(problem, budget, machine, cover, chunks)
     alternative = found["rectangular" if chosen.cover == "cqs" else "cqs"]
     return Plan(problem, device, budget, chosen, alternative, reason)
+
+
+def _writes_too_much(candidate: Candidate) -> bool:
+    moved = candidate.traffic
+    return candidate.states_on_disk and moved.state_written_bytes > WRITES * moved.output_written_bytes
 
 
 def _cheapest(candidates: list[Candidate]) -> Candidate | None:
@@ -55,8 +61,8 @@ def _select(cqs: Candidate | None, rectangular: Candidate | None, cover: str) ->
         return rectangular, "asked for"
     if cqs is None or rectangular is None:
         return (cqs or rectangular), "the only cover that fits the budget"
-    written, output = cqs.traffic.state_written_bytes, cqs.traffic.output_written_bytes
-    if cqs.states_on_disk and written > WRITES * output:
+    if _writes_too_much(cqs):
+        written, output = cqs.traffic.state_written_bytes, cqs.traffic.output_written_bytes
         return rectangular, f"cqs would write {format_bytes(written)} of states for {format_bytes(output)} of output"
     if cqs.estimated_s > SLOWER * rectangular.estimated_s:
         return rectangular, f"cqs is priced {cqs.estimated_s / rectangular.estimated_s - 1:.0%} slower"

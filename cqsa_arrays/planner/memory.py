@@ -10,8 +10,8 @@ from .problem import Problem
 # Chunk borders are multiples of this many tokens: whole query panels and key blocks of every CPU kernel.
 TILE_TOKENS = BLOCK_KEYS
 # Rows are finalised (divided and narrowed) in pieces whose float arrays are about this large.
-OUTPUT_PIECE_BYTES = 1 << 20
-# What a thread of our own touches of its stack and its heap arena; one more thread reads ahead.
+OUTPUT_PIECE_BYTES = 1 << 19
+# What a thread of our own touches of its stack and heap: those of the kernel, those of the output, one reads ahead.
 THREAD_BYTES = 256 << 10
 
 
@@ -32,12 +32,13 @@ class Residency:
     key_chunk: int
     key_slots: int
     state_rows: int
+    state_row_bytes: int
     threads: int
 
 
-def state_row_bytes(problem: Problem) -> int:
-    """One row's ``acc``, ``m`` and ``l``."""
-    return (problem.value_dim + 2) * problem.compute_itemsize
+def state_row_bytes(problem: Problem, *, in_result: bool = False) -> int:
+    """One row's ``acc``, ``m`` and ``l``; without ``acc`` where that lies in the result."""
+    return (2 if in_result else problem.value_dim + 2) * problem.compute_itemsize
 
 
 def output_piece_rows(problem: Problem) -> int:
@@ -56,11 +57,11 @@ def memory_terms(problem: Problem, residency: Residency) -> tuple[MemoryTerm, ..
         MemoryTerm("key chunks", 0 if problem.k.in_place else key_rows * problem.head_dim * size),
         MemoryTerm("value chunks", 0 if problem.v.in_place else key_rows * problem.value_dim * size),
         MemoryTerm("query chunk", 0 if problem.q.in_place else r.heads * r.query_chunk * problem.head_dim * size),
-        MemoryTerm("states", r.heads * r.state_rows * state_row_bytes(problem)),
+        MemoryTerm("states", r.heads * r.state_rows * r.state_row_bytes),
         MemoryTerm("kernel scratch", r.threads * scratch),
-        MemoryTerm("output piece", piece * (problem.value_dim + 2) * size),
-        MemoryTerm("read and write staging", staging + problem.result.staging_bytes),
-        MemoryTerm("threads", (r.threads + 1) * THREAD_BYTES),
+        MemoryTerm("output pieces", r.threads * piece * (problem.value_dim + 2) * size),
+        MemoryTerm("read and write staging", staging + r.threads * problem.result.staging_bytes),
+        MemoryTerm("threads", (2 * r.threads + 1) * THREAD_BYTES),
         MemoryTerm("caches of the inputs", sum(operand.held_bytes for operand in (problem.q, problem.k, problem.v))),
         MemoryTerm("result", problem.output_bytes if problem.result.place == "new array" else 0),
     )

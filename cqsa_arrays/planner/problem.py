@@ -35,6 +35,7 @@ class Result:
     """What is handed out: its element type and where it goes ("new array", "array" of the caller's or "file").
 
     ``row_scalars`` is how many numbers a row has besides its vector: 1 with log-sum-exp, 2 for statistics (m and l).
+    ``holds_states``: whether unfinished rows may be accumulated in the result's own memory.
     """
 
     dtype: str
@@ -43,6 +44,7 @@ class Result:
     row_scalars: int
     staging_bytes: int
     description: str
+    holds_states: bool = False
 
 
 @dataclass(frozen=True, slots=True)

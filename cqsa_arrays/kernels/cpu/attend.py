@@ -76,8 +76,8 @@ def _merge_span(acc, m, normalizer, span_acc, span_m, span_l):
 
 
 @nb.njit
-def _attend_block(parts, first_row, keys, key_stride, value_dim, value_stride, count):
-    """All panels against one block of ``count`` keys; lane r of panel p sees the first ``first_row + p R + r``."""
+def _attend_block(parts, first_row, keys, key_stride, value_dim, value_stride, block_keys):
+    """All panels against one block of keys; lane r of panel p sees the first ``first_row + p R + r``."""
     packed, span_acc, span_m, span_l, maxima, alpha, limits, scores, values = parts
     panels, head_dim, rows = packed.shape
     maxima_at, alpha_at, limits_at = maxima.ctypes.data, alpha.ctypes.data, limits.ctypes.data
@@ -87,6 +87,7 @@ def _attend_block(parts, first_row, keys, key_stride, value_dim, value_stride, c
         if seen + rows <= 1:
             continue
         acc_at, m_at, l_at = span_acc[panel].ctypes.data, span_m[panel].ctypes.data, span_l[panel].ctypes.data
+        count = min(block_keys, seen + rows - 1)
         block_scores(scores, packed[panel].ctypes.data, keys, key_stride, count, head_dim, scores_at, maxima_at)
         if seen >= count:
             block_weights(scores, scores_at, count, maxima_at, m_at, l_at, alpha_at)

@@ -10,13 +10,13 @@ import logging
 import threading
 from collections import deque
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor, wait
 
 import numpy as np
 
 from ...buffers import allocate
 from ...ranges import Range
 from ...statistics import BlockStatistics
+from ...workers import Workers
 from ..base import KeyBlock
 from .attend import attend_group, signature
 from .intrinsics import host_tile
@@ -51,8 +51,7 @@ class CpuKernel:
         self._shape = (head_dim, value_dim)
         size_bytes = self._tile.scratch_bytes(rows, head_dim, value_dim)
         self._scratch = deque(allocate(size_bytes // self._tile.itemsize, dtype) for _ in range(threads))
-        self._pool = ThreadPoolExecutor(threads, thread_name_prefix="cqsa-kernel")
-        self._threads = threads
+        self._workers = Workers(threads, "kernel")
 
     def accumulate(
         self,
@@ -69,40 +68,28 @@ class CpuKernel:
         batches, heads, rows, _ = queries.shape
         step = self._tile.rows * group_panels(self._tile, rows, *self._shape)
         # Last rows first: under a causal mask they see most keys, and long items at the end would leave threads idle.
-        items = deque(
+        items = [
             (b, h, start) for start in reversed(range(0, rows, step)) for b in range(batches) for h in range(heads)
-        )
+        ]
 
-        def work() -> None:
+        def work(item: tuple[int, int, int]) -> None:
+            b, h, start = item
+            part = slice(start, start + step)
             scratch = self._scratch.popleft()
             try:
-                while items:
-                    try:
-                        b, h, start = items.popleft()
-                    except IndexError:  # another thread took the last item
-                        return
-                    part = slice(start, start + step)
-                    pieces = _pieces(blocks, b, h)
-                    attend_group(
-                        queries[b, h, part], query_start + start, pieces, diagonal, scale,
-                        state.acc[b, h, part], state.m[b, h, part], state.l[b, h, part], scratch,
-                    )  # fmt: skip
-                    done(Range(query_start + start, query_start + min(start + step, rows)))
+                attend_group(
+                    queries[b, h, part], query_start + start, _pieces(blocks, b, h), diagonal, scale,
+                    state.acc[b, h, part], state.m[b, h, part], state.l[b, h, part], scratch,
+                )  # fmt: skip
             finally:
                 self._scratch.append(scratch)
+            done(Range(query_start + start, query_start + min(start + step, rows)))
 
-        futures = [self._pool.submit(work) for _ in range(min(self._threads, len(items)))]
-        try:
-            wait(futures)
-        finally:
-            items.clear()  # interrupted: let each thread finish its item and stop
-            wait(futures)
-        for future in futures:
-            future.result()
+        self._workers.run(items, work)
 
     def close(self) -> None:
         """Stop the threads and release the scratch."""
-        self._pool.shutdown()
+        self._workers.close()
         self._scratch.clear()
 
 

@@ -1,0 +1,50 @@
+"""Threads for work that releases the GIL."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor, wait
+from typing import TypeVar
+
+T = TypeVar("T")
+
+
+class Workers:
+    """``threads`` threads that take items one by one, in order; several instances may work at the same time."""
+
+    def __init__(self, threads: int, name: str) -> None:
+        self._threads = threads
+        self._pool = ThreadPoolExecutor(threads, thread_name_prefix=f"cqsa-{name}")
+
+    def run(self, items: Iterable[T], work: Callable[[T], None]) -> None:
+        """``work(item)`` for every item; returns when all are done.
+
+        After an error or an interruption no further item is begun; the error is raised once all threads have stopped.
+        """
+        waiting = deque(items)
+
+        def take_items() -> None:
+            while waiting:
+                try:
+                    item = waiting.popleft()
+                except IndexError:  # another thread took the last one
+                    return
+                try:
+                    work(item)
+                except BaseException:
+                    waiting.clear()
+                    raise
+
+        futures = [self._pool.submit(take_items) for _ in range(min(self._threads, len(waiting)))]
+        try:
+            wait(futures)
+        finally:
+            waiting.clear()
+            wait(futures)
+        for future in futures:
+            future.result()
+
+    def close(self) -> None:
+        """Stop the threads."""
+        self._pool.shutdown()
