@@ -16,20 +16,21 @@ from .version import __version__
 
 if TYPE_CHECKING:
     from .api import attention, causal, open, plan, statistics
-    from .compare import ErrorReport, Tolerance, compare
+    from .block_statistics import BlockStatistics, merge
+    from .comparison import ErrorReport, Tolerance, compare
     from .errors import ArgumentError, BudgetError, CqsaError, StorageError
     from .options import Options
     from .planner import Plan
-    from .statistics import BlockStatistics, merge
     from .verification import verify
 
+# No home may have the name of what lives in it: importing it would put the module in the function's place.
 _HOMES = {
     "api": ("attention", "causal", "open", "plan", "statistics"),
-    "compare": ("ErrorReport", "Tolerance", "compare"),
+    "comparison": ("ErrorReport", "Tolerance", "compare"),
     "errors": ("ArgumentError", "BudgetError", "CqsaError", "StorageError"),
     "options": ("Options",),
     "planner": ("Plan",),
-    "statistics": ("BlockStatistics", "merge"),
+    "block_statistics": ("BlockStatistics", "merge"),
     "verification": ("verify",),
 }
 _HOME_OF = {name: module for module, names in _HOMES.items() for name in names}

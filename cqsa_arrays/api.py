@@ -6,12 +6,12 @@ import os
 from numbers import Integral
 from typing import Any
 
+from .block_statistics import BlockStatistics
 from .errors import ArgumentError
 from .job import Request, attend, collect_statistics, prepared
 from .masks import UNBOUNDED_DIAGONAL, Causal, Mask
 from .options import Options
 from .planner import Plan
-from .statistics import BlockStatistics
 from .storage import OpenedFile, open_file
 
 DEFAULTS = Options()

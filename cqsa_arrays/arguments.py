@@ -150,7 +150,7 @@ def whole_number(value: Any, argument: str, least: int, remedy: str) -> int:
     >>> whole_number(np.int64(3), "chunks", 1, "")
     3
     """
-    if isinstance(value, Integral) and not isinstance(value, bool) and value >= least:
+    if isinstance(value, Integral) and not isinstance(value, bool) and int(value) >= least:
         return int(value)
     raise ArgumentError(argument, _shown(value), f"a whole number, at least {least}", remedy)
 

@@ -12,12 +12,12 @@ from typing import Any
 import numpy as np
 
 from . import arguments
+from .block_statistics import BlockStatistics
 from .engine import Inputs, OutputResults, Progress, ProgressBar, RunReport, Silent, StatisticsResults, run
 from .errors import ArgumentError, BudgetError
 from .masks import Mask
 from .options import Options
 from .planner import Budget, Plan, Problem, Result, choose, mask_to_dict, output_piece_rows
-from .statistics import BlockStatistics
 from .storage import ArraySink, OutputFile, Sink, TokenSource, dataset, output_staging_bytes
 from .units import format_bytes
 from .version import __version__
@@ -134,11 +134,12 @@ def attend(job: Job) -> tuple[Any, RunReport]:
 
 
 def collect_statistics(job: Job) -> BlockStatistics:
-    """Run the job and keep the states of all rows."""
-    batch, heads, tokens, value_dim = arguments.result_shape(job.inputs)
-    results = StatisticsResults((batch, heads, tokens), value_dim, job.plan.problem.compute_dtype)
+    """Run the job and keep the states of all rows, without the axes that q's layout leaves out."""
+    shape = arguments.result_shape(job.inputs)
+    results = StatisticsResults(shape[:3], shape[3], job.plan.problem.compute_dtype)
     _run(job, results)
-    return results.statistics
+    found, rows = results.statistics, job.inputs.q.layout.lse_shape(shape)
+    return BlockStatistics(found.acc.reshape(*rows, shape[3]), found.m.reshape(rows), found.l.reshape(rows))
 
 
 def _output_results(job: Job, sink: Sink, home: np.ndarray | None) -> OutputResults:

@@ -10,7 +10,7 @@ from dataclasses import replace
 import numpy as np
 
 from .arguments import compute_dtype, whole_number
-from .compare import ErrorReport, Tolerance, compare_rows
+from .comparison import ErrorReport, Tolerance, compare_rows
 from .errors import ArgumentError, StorageError
 from .planner import mask_from_dict
 from .ranges import Range

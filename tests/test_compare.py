@@ -11,8 +11,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import cqsa_arrays.compare as compare_module
-from cqsa_arrays.compare import TOLERANCES, RowError, Tolerance, compare, compare_rows
+import cqsa_arrays.comparison as compare_module
+from cqsa_arrays.comparison import TOLERANCES, RowError, Tolerance, compare, compare_rows
 from cqsa_arrays.errors import ArgumentError
 from cqsa_arrays.reference import ReferenceRows
 

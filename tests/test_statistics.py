@@ -10,8 +10,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from cqsa_arrays.block_statistics import BlockStatistics, array_namespace, merge
 from cqsa_arrays.errors import ArgumentError
-from cqsa_arrays.statistics import BlockStatistics, array_namespace, merge
 
 INF, NAN = np.inf, np.nan
 FIELDS = ("acc", "m", "l")

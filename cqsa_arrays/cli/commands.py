@@ -7,7 +7,7 @@ from argparse import Namespace
 from dataclasses import asdict
 
 from .. import api
-from ..compare import compare as compare_arrays
+from ..comparison import compare as compare_arrays
 from ..errors import ArgumentError
 from ..job import Request, prepared
 from ..job import attend as run_job

@@ -31,7 +31,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         sys.stdout.flush()
         return 0 if succeeded else FAILED
     except CqsaError as error:
-        print(f"cqsa {arguments.command}: {error}", file=sys.stderr)
+        message = " ".join(str(error).split())  # what HDF5 says may have several lines
+        print(f"cqsa {arguments.command}: {message}", file=sys.stderr)
         return UNUSABLE
     except KeyboardInterrupt:
         print(f"cqsa {arguments.command}: interrupted; nothing unfinished is left behind", file=sys.stderr)

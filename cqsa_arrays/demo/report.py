@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import asdict, dataclass
 
-from ..compare import ErrorReport
+from ..comparison import ErrorReport
 from ..units import format_bytes, format_seconds
 
 
@@ -14,8 +14,8 @@ class SignalReport:
     """Signal-to-noise ratios in dB against the recording before noise was added.
 
     The recording has noise of its own, which counts as error where it is removed. ``smoothed_db`` is that of a moving
-    average of ``smoothed_width`` samples, the best width for this recording, chosen with the clean signal, which
-    attention never sees.
+    average of ``smoothed_width`` samples, the best width for this recording, chosen with the clean signal. The
+    attention sees the noisy signal only, but the constants of nonlocal_means were tried out on this recording, too.
     """
 
     samples: int

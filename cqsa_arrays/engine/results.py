@@ -7,9 +7,9 @@ from typing import Protocol
 
 import numpy as np
 
+from ..block_statistics import BlockStatistics
 from ..planner import Group
 from ..ranges import Range
-from ..statistics import BlockStatistics
 from ..storage import Sink
 from ..workers import Workers
 

@@ -9,11 +9,11 @@ from typing import Protocol
 
 import numpy as np
 
+from ..block_statistics import BlockStatistics
 from ..buffers import allocate
 from ..errors import StorageError
 from ..planner import Group, Plan
 from ..ranges import Cut, Range
-from ..statistics import BlockStatistics
 from ..units import format_bytes
 
 

@@ -6,8 +6,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+from ..block_statistics import BlockStatistics
 from ..ranges import Range
-from ..statistics import BlockStatistics
 
 
 @dataclass(frozen=True, slots=True)

@@ -26,6 +26,8 @@ from .stored import StoredArray
 CACHE_LIMIT_BYTES = 16 << 20
 # Metadata cache and free lists of HDF5 for one open file, as seen in resident memory.
 LIBRARY_BYTES = 1 << 20
+# The stored chunk, and the inflated one while its buffer of half the size, then of twice its size, is copied.
+FILTER_COPIES = 4
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,10 +112,10 @@ class ChunkedSource:
         return chunk_cache + LIBRARY_BYTES
 
     def staging_bytes(self, compute_dtype: np.dtype) -> int:
-        """One box, and the two copies of a chunk that pass through its filters."""
+        """One box, and the copies of a chunk that pass through its filters, whose buffers grow by doubling."""
         if not self._stored.chunks:
             return self._grid.box_bytes
-        return self._grid.box_bytes + 2 * int(np.prod(self._stored.chunks)) * self.dtype.itemsize
+        return self._grid.box_bytes + FILTER_COPIES * int(np.prod(self._stored.chunks)) * self.dtype.itemsize
 
     def read(self, batch: Range, heads: Range, tokens: Range, out: np.ndarray) -> None:
         check_widening(self.dtype, out.dtype, self._stored.label)

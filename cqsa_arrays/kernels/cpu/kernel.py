@@ -13,9 +13,9 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
+from ...block_statistics import BlockStatistics
 from ...buffers import allocate
 from ...ranges import Range
-from ...statistics import BlockStatistics
 from ...workers import Workers
 from ..base import KeyBlock
 from .attend import attend_group, signature
@@ -25,6 +25,7 @@ from .tiles import group_panels
 logger = logging.getLogger("cqsa_arrays")
 # A kernel loads from the cache on disk well within this; only a compilation takes longer.
 _PATIENCE_S = 0.7
+_LOADING = threading.Lock()
 
 
 def load(dtype: str) -> None:
@@ -37,7 +38,11 @@ def load(dtype: str) -> None:
     note.daemon = True
     note.start()
     try:
-        attend_group.compile(signature(dtype))
+        with _LOADING:
+            attend_group.disable_compile(False)
+            attend_group.compile(signature(dtype))
+            # Other strides convert to this signature; left alone, Numba would compile each combination anew.
+            attend_group.disable_compile()
     finally:
         note.cancel()
 

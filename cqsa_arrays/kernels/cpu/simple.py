@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from ...statistics import BlockStatistics, merge
+from ...block_statistics import BlockStatistics, merge
 from ..base import KeyBlock
 
 

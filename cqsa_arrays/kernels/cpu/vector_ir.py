@@ -26,7 +26,8 @@ from .tiles import Tile
 
 I64 = ir.IntType(64)
 BYTES = ir.IntType(8).as_pointer()
-_FORMATS = {"float32": (23, 127, 6), "float64": (52, 1023, 11)}
+# Mantissa bits, exponent bias, degree of the polynomial, and the power of 2 below which a weight counts as 0.
+_FORMATS = {"float32": (23, 127, 6, -100), "float64": (52, 1023, 11, -960)}
 
 
 def exp2_coefficients(degree: int) -> list[float]:
@@ -123,24 +124,26 @@ class Emitter:
         return slots
 
     def exp(self, x: ir.Value) -> ir.Value:
-        """exp(x) for x <= 0, to about one unit in the last place; 0 below the smallest normal number; NaN stays NaN.
+        """exp(x) for x <= 0, to about one unit in the last place; NaN stays NaN.
 
-        2**n is built by adding a constant whose low bits then hold n plus the exponent bias. The clamp keeps a NaN
-        because its comparison is ordered, and the factor 2**n may then be anything: NaN times anything is NaN.
+        Below 2**-100 (2**-960 in double precision) it is exactly 0: smaller weights cannot be seen beside the row's
+        largest, which is 1, but their products with values would be subnormal, and those take a hundred cycles each.
+        2**n is built by adding a constant whose low bits then hold n plus the exponent bias. The comparison is
+        unordered, so that a NaN is kept: NaN times whatever 2**n has become is NaN.
         """
-        mantissa, bias, degree = _FORMATS[self.tile.dtype]
+        mantissa, bias, degree, lowest = _FORMATS[self.tile.dtype]
+        log2e = self.constant(float(np.log2(np.e)))
         magic = self.constant(1.5 * 2**mantissa + bias)
-        lowest = self.constant(-bias * float(np.log(2)))
-        x = self.maximum(lowest, x)
-        shifted = self.fma(x, self.constant(float(np.log2(np.e))), magic)
-        whole = self.build.fsub(shifted, magic)
-        fraction = self.fma(x, self.constant(float(np.log2(np.e))), self.build.fneg(whole))
-        result = self.constant(0.0)
-        for index, c in enumerate(reversed(exp2_coefficients(degree))):
-            result = self.constant(c) if index == 0 else self.fma(result, fraction, self.constant(c))
+        shifted = self.fma(x, log2e, magic)
+        fraction = self.fma(x, log2e, self.build.fneg(self.build.fsub(shifted, magic)))
+        first, *others = reversed(exp2_coefficients(degree))
+        result = self.constant(first)
+        for coefficient in others:
+            result = self.fma(result, fraction, self.constant(coefficient))
         shift = ir.Constant(self.bits, [mantissa] * self.tile.lanes)
         power = self.build.bitcast(self.build.shl(self.build.bitcast(shifted, self.bits), shift), self.vector)
-        return self.build.fmul(result, power)
+        kept = self.build.fcmp_unordered(">=", x, self.constant(lowest * float(np.log(2))))
+        return self.build.select(kept, self.build.fmul(result, power), self.constant(0.0))
 
 
 def _clamped(e: Emitter, first: ir.Value, count: ir.Value, offset: int) -> ir.Value:

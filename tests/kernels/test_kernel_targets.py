@@ -1,0 +1,190 @@
+"""Other processors: the right tile, right results, fused multiply-adds, and inner loops that stay in registers."""
+
+import json
+import os
+import platform
+import re
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from assembly import calls, functions, hot_loops, innermost_loops
+from llvmlite import binding as llvm
+from llvmlite import ir
+
+import cqsa_arrays
+from cqsa_arrays.kernels.cpu.tiles import tile_for
+from cqsa_arrays.kernels.cpu.vector_ir import FUNCTIONS, vector_function
+
+HERE = Path(__file__).parent
+DTYPES = ("float32", "float64")
+X86, ARM = "x86_64-unknown-linux-gnu", "aarch64-unknown-linux-gnu"
+# Family, triple, LLVM's name of the processor.
+PROCESSORS = {
+    "skylake-avx512": ("avx512", X86),
+    "sapphirerapids": ("avx512", X86),
+    "znver4": ("avx512", X86),
+    "haswell": ("avx2", X86),
+    "alderlake": ("avx2", X86),
+    "znver3": ("avx2", X86),
+    "generic": ("neon", ARM),
+    "cortex-a72": ("neon", ARM),
+    "neoverse-n1": ("neon", ARM),
+    "neoverse-v2": ("neon", ARM),
+    "apple-m1": ("neon", ARM),
+}
+# NUMBA_CPU_NAME, NUMBA_CPU_FEATURES, features that this machine must have, family.
+FOREIGN = {
+    "haswell": ("haswell", "+avx,+avx2,+fma,-avx512f", {"avx2", "fma"}, "avx2"),
+    "znver3": ("znver3", "+avx,+avx2,+fma,-avx512f", {"avx2", "fma", "vaes", "sha"}, "avx2"),
+    "skylake-avx512": (
+        "skylake-avx512",
+        "+avx,+avx2,+fma,+avx512f,+avx512cd,+avx512bw,+avx512dq,+avx512vl",
+        {"avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512cd", "fma"},
+        "avx512",
+    ),
+    "generic": ("generic", "", set(), "sse2"),
+}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def targets():
+    llvm.initialize_all_targets()
+    llvm.initialize_all_asmprinters()
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory):
+    """One cache for all foreign processors: code for one must not be taken for another."""
+    return tmp_path_factory.mktemp("numba")
+
+
+def compile_function(kind, dtype, family, triple, processor):
+    """Assembly of one vector function, alone in its module."""
+    module = ir.Module()
+    module.triple = triple
+    vector_function(module, tile_for(family, dtype), kind).linkage = "external"
+    parsed = llvm.parse_assembly(str(module))
+    parsed.verify()
+    machine = llvm.Target.from_triple(triple).create_target_machine(cpu=processor, opt=3)
+    parsed.data_layout = str(machine.target_data)
+    options = llvm.create_pipeline_tuning_options(speed_level=3)
+    options.loop_vectorization = True
+    builder = llvm.create_pass_builder(machine, options)
+    builder.getModulePassManager().run(parsed, builder)
+    return machine.emit_assembly(parsed)
+
+
+@pytest.mark.parametrize("kind", FUNCTIONS)
+@pytest.mark.parametrize("processor", PROCESSORS)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_every_function_compiles_to_code_without_calls(kind, dtype, processor):
+    """Only ``copy`` calls anything: a fused multiply-add that the processor lacked would become a call."""
+    assembly = compile_function(kind, dtype, *PROCESSORS[processor], processor)
+    assert len(calls(assembly)) == (kind == "copy")
+    assert ("memcpy" in assembly) == (kind == "copy")
+
+
+@pytest.mark.parametrize("kind", ["scores", "values"])
+@pytest.mark.parametrize("processor", PROCESSORS)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_products_stay_in_registers(kind, dtype, processor):
+    family, triple = PROCESSORS[processor]
+    tile = tile_for(family, dtype)
+    loops = hot_loops(compile_function(kind, dtype, family, triple, processor), family, tile.vectors * tile.keys)
+    assert loops
+    for loop in loops:
+        assert loop.spills == []
+        assert loop.product
+
+
+@pytest.mark.parametrize("processor", ["skylake-avx512", "sapphirerapids", "znver4"])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_masked_products_stay_in_registers_where_these_are_32_and_masks_have_their_own(dtype, processor):
+    tile = tile_for("avx512", dtype)
+    assembly = compile_function("masked_values", dtype, "avx512", X86, processor)
+    loops = hot_loops(assembly, "avx512", tile.vectors * tile.keys)
+    assert loops
+    assert all(loop.compares and loop.spills == [] for loop in loops)
+
+
+@pytest.mark.parametrize(
+    ("family", "processor", "triple"),
+    [("avx512", "skylake-avx512", X86), ("avx2", "haswell", X86), ("neon", "generic", ARM)],
+)
+def test_the_search_for_spills_finds_them(monkeypatch, family, processor, triple):
+    """With twice the keys in a tile the accumulators cannot fit the registers."""
+    large = replace(tile_for(family, "float32"), keys=16)
+    monkeypatch.setitem(globals(), "tile_for", lambda family, dtype: large)
+    for kind in ("scores", "values"):
+        loops = hot_loops(compile_function(kind, "float32", family, triple, processor), family, large.vectors * 8)
+        assert any(loop.spills for loop in loops)
+
+
+def test_loops_are_found_in_assembly():
+    text = """
+f:
+\tmovq\t%rsp, %rbp
+.LBB0_1:
+\txorl\t%eax, %eax
+.LBB0_2:
+\tvmovups\t(%rdi,%rax), %zmm0
+\tvfmadd231ps\t%zmm0, %zmm1, %zmm2
+\tvmovups\t%zmm2, 64(%rsp)
+\tvmovups\t-64(%rbp), %zmm3
+\tvmovups\t(%rbp,%rax), %zmm3
+\tmovq\t8(%rsp), %rcx
+\tjne\t.LBB0_2
+\tjne\t.LBB0_1
+\tretq
+g:
+\tvbroadcastss\t(%rbp), %zmm3
+.LBB1_1:
+\tvfmadd231ps\t(%rbp), %zmm1, %zmm2
+\tjne\t.LBB1_1
+"""
+    first, second = innermost_loops(text, "avx512")
+    assert (first.multiply_adds, len(first.spills), len(first.lines)) == (1, 2, 8)
+    assert (second.multiply_adds, second.spills) == (1, [])
+    assert len(functions(text)) == 3
+
+
+@pytest.mark.parametrize("processor", FOREIGN)
+def test_other_processors_compute_right(processor, cache, tmp_path):
+    """The whole kernel, compiled for another processor whose instructions this one has."""
+    name, features, needed, family = FOREIGN[processor]
+    host = llvm.get_host_cpu_features()
+    missing = {feature for feature in needed if not host.get(feature)}
+    if platform.machine() != "x86_64" or missing:
+        pytest.skip(f"this {platform.machine()} lacks {sorted(missing)}")
+    environment = {
+        **os.environ,
+        "NUMBA_CPU_NAME": name,
+        "NUMBA_CPU_FEATURES": features,
+        "NUMBA_CACHE_DIR": str(cache),
+        "PYTHONPATH": f"{Path(cqsa_arrays.__file__).parents[1]}{os.pathsep}{HERE}",
+    }
+    child = subprocess.run(
+        [sys.executable, HERE / "target_child.py", tmp_path],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert child.returncode == 0, child.stderr
+    report = json.loads(child.stdout)
+    assert report == {"tiles": dict.fromkeys(DTYPES, family), "hits": 0}
+    for dtype in DTYPES:
+        assembly = (tmp_path / f"{dtype}.s").read_text()
+        width = {"avx512": "zmm", "avx2": "ymm", "sse2": "xmm"}[family]
+        assert re.search(rf"%{width}\d", assembly)
+        assert not re.search(r"%zmm\d", assembly) or family == "avx512"
+        if family == "sse2":
+            assert not re.search(r"%ymm\d|vfmadd", assembly)
+            continue
+        tile = tile_for(family, dtype)
+        products = [loop for loop in hot_loops(assembly, family, tile.vectors * tile.keys) if loop.product]
+        assert len(products) >= 2  # scores and values
+        assert [loop.spills for loop in products] == [[]] * len(products)
