@@ -16,7 +16,7 @@ setup(
     description="Exact attention over NumPy, CuPy and HDF5 arrays that fit neither GPU memory nor RAM",
     long_description=(HERE / "README.md").read_text(),
     long_description_content_type="text/markdown",
-    license="Apache-2.0",
+    license="BSD-3-Clause",
     license_files=["LICENSE"],
     python_requires=">=3.11",
     packages=[*find_packages(include=["cqsa_arrays", "cqsa_arrays.*"]), "cqsa_arrays.data"],

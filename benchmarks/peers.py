@@ -2,8 +2,8 @@
 
     python benchmarks/peers.py [--tokens 8192 32768] [--threads 2] [--repeats 7] [--json results/peers.json]
 
-Rates are 4 H N^2 D floating-point operations (half of it for causal) over the median of the repeats; the ratio is the median of
-the ratios of neighbouring runs, so that a machine that slows down slows both.
+Rates are 4 H N^2 D floating-point operations (half of it for causal) over the median of the repeats; the ratio is the
+median of the ratios of neighbouring runs, so that a machine that slows down slows both.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What the benchmarks share: the machine's name, a table that grows as it is measured, and results stored with their date."""
+"""What the benchmarks share: the machine, a table that is printed as it is measured, results stored with a date."""
 
 from __future__ import annotations
 

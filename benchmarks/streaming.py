@@ -1,8 +1,9 @@
-"""From an HDF5 file under a tight budget: beside the same job in memory, both covers beside each other, and memory held.
+"""From an HDF5 file under a tight budget: beside the same job in memory, cover beside cover, and memory held.
 
-    python benchmarks/streaming.py file    [--tokens 131072]   the file's job, budget a tenth of the tensors, and in memory
-    python benchmarks/streaming.py covers  [--tokens 32768]    both covers forced on one job, states in memory and on disk
-    python benchmarks/streaming.py memory                      peak resident memory beside the plan and the budget
+    python benchmarks/streaming.py file    [--tokens 131072]  from a cold file in a tenth of the bytes, and in memory
+    python benchmarks/streaming.py covers  [--tokens 32768]   both covers on one job, states in memory and on disk
+    python benchmarks/streaming.py memory                     peak resident memory beside plan and budget
+    python benchmarks/streaming.py plan                       the plan of a job of a million tokens
 
 Files lie in --directory and are put out of the page cache before each run. Results are stored in benchmarks/results/.
 """
@@ -132,13 +133,34 @@ def memory(directory: Path) -> Iterator[dict[str, object]]:
     out.unlink()
 
 
+def plan(directory: Path) -> str:
+    """The plan of 2^20 tokens and 8 heads in 512 MiB; the file is a hole, for planning reads no data."""
+    import h5py
+
+    source = directory / "qkv.h5"
+    with h5py.File(source, "w") as file:
+        for name in "qkv":
+            early = h5py.h5p.create(h5py.h5p.DATASET_CREATE)
+            early.set_alloc_time(h5py.h5d.ALLOC_TIME_EARLY)
+            early.set_fill_time(h5py.h5d.FILL_TIME_NEVER)
+            space = h5py.h5s.create_simple((8, 1 << 20, 64))
+            h5py.h5d.create(file.id, name.encode(), h5py.h5t.IEEE_F32LE, space, early)
+    stored = cqsa.open(source)
+    text = str(cqsa.plan(stored.q, stored.k, stored.v, causal=True, memory="512MiB", out="out.h5"))
+    source.unlink()
+    return text
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=("file", "covers", "memory"))
+    parser.add_argument("what", choices=("file", "covers", "memory", "plan"))
     parser.add_argument("--tokens", type=int)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--directory", type=Path, default=Path("."))
     arguments = parser.parse_args()
+    if arguments.what == "plan":
+        Path("benchmarks/results/plan.txt").write_text(f"{plan(arguments.directory)}\n")
+        return
     measured = {
         "file": lambda: from_file(arguments.directory, arguments.tokens or 131072, arguments.repeats),
         "covers": lambda: covers(arguments.directory, arguments.tokens or 32768, arguments.repeats),

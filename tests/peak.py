@@ -1,7 +1,7 @@
 """Run one job in a fresh process and print its plan's bound and the peak of resident memory that it added, as JSON.
 
-Used by the tests: ``python peak.py INPUT.h5 OUT.h5 MEMORY [cover]``. Resident means anonymous, shared and mapped pages: the
-high-water mark of the process, reset after a tiny warm-up call that loads the kernels, less what was resident then.
+Used by the tests: ``python peak.py INPUT.h5 OUT.h5 MEMORY [cover]``. Resident means anonymous, shared and mapped pages:
+the high-water mark of the process, reset after a tiny warm-up call that loads the kernels, less what was resident then.
 """
 
 import json

@@ -516,5 +516,5 @@ def test_verify_finds_what_changed(stored):
 
 def test_verify_says_that_inputs_were_in_memory(stored):
     cqsa.attention(*stored, out="out.h5")
-    with pytest.raises(cqsa.ArgumentError, match="q was an array in memory; expected inputs in files. Compare"):
+    with pytest.raises(cqsa.ArgumentError, match=r"q was an array in memory; expected inputs in files\. Compare"):
         cqsa.verify("out.h5")

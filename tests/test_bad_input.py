@@ -282,7 +282,9 @@ class FileCase:
 
 FILE_CASES = [
     FileCase("missing file", lambda path: None, "in.h5: No such file or directory. Check the path", StorageError),
-    FileCase("missing data set", without_q, r"q: found /q in .*in.h5 is missing \(data sets present: /k, /v\); expected"),
+    FileCase(
+        "missing data set", without_q, r"q: found /q in .*in.h5 is missing \(data sets present: /k, /v\); expected"
+    ),
     FileCase("a directory", Path.mkdir, "in.h5 is a directory; expected an HDF5 file. Name the file", StorageError),
     FileCase(
         "not HDF5", lambda path: path.write_text("q,k,v" * 999), "in.h5 is not an HDF5 file; expected", StorageError
@@ -486,7 +488,11 @@ def test_a_file_size_limit_is_refused_like_a_full_disk(folder):
 # ---- the command's own arguments
 
 COMMANDS = [
-    ("12 bananas", "attend in.h5 -o out.h5 --memory|12 bananas", "memory: found '12 bananas'; expected a positive number"),
+    (
+        "12 bananas",
+        "attend in.h5 -o out.h5 --memory|12 bananas",
+        "memory: found '12 bananas'; expected a positive number",
+    ),
     ("-1GiB", "attend in.h5 -o out.h5 --memory=-1GiB", "memory: found '-1GiB'; expected a positive number of bytes"),
     ("1KiB", "attend in.h5 -o out.h5 --memory 1KiB", r"memory: .* does not fit 1 KiB .* Pass memory=\d+ or more"),
     ("layout", "attend in.h5 -o out.h5 --layout xyz", "layout: found 'xyz'; expected one of bhnd"),
@@ -505,7 +511,11 @@ COMMANDS = [
     ("verify an input", "verify in.h5", "path: found in.h5 without them .*; expected an output of cqsa attend"),
     ("verify no rows", "verify out.h5 --rows 0", "rows: found 0; expected a whole number, at least 1"),
     ("verify seed", "verify out.h5 --seed -1", "seed: found -1; expected a whole number, at least 0"),
-    ("compare shapes", "compare in.h5:/q other.h5:/q", r"out: found shape \(2, 300, 8\); expected the reference's shape"),
+    (
+        "compare shapes",
+        "compare in.h5:/q other.h5:/q",
+        r"out: found shape \(2, 300, 8\); expected the reference's shape",
+    ),
     ("compare a file", "compare in.h5 in.h5:/q", "result: found 'in.h5'; expected an existing file and a data set"),
     ("info of a directory", "info .", r"\. is a directory; expected an HDF5 file"),
     ("info of text", "info text.h5", "text.h5 is not an HDF5 file"),
@@ -550,5 +560,5 @@ def test_words_that_do_not_parse_show_the_usage(line, says, folder, capsys):
 
 @pytest.mark.parametrize("rows", [0, 1.5, "all", True])
 def test_verify_wants_a_number_of_rows(rows, folder):
-    with pytest.raises(ArgumentError, match="^rows: found .*; expected a whole number, at least 1. None checks all"):
+    with pytest.raises(ArgumentError, match=r"^rows: found .*; expected a whole number, at least 1. None checks all"):
         cqsa.verify("out.h5", rows=rows)

@@ -110,7 +110,9 @@ def test_plan_json_is_the_plan(command):
 def test_verify_reports_errors_rows_and_seed(command):
     done = command("verify out.h5 --rows 10 --seed 3")
     assert done.code == 0
-    assert re.match(r"PASSED: relative Frobenius error \S+ \(tolerance 2e-06\) over 20 rows, sampled with seed 3", done.out)
+    assert re.match(
+        r"PASSED: relative Frobenius error \S+ \(tolerance 2e-06\) over 20 rows, sampled with seed 3", done.out
+    )
     for words in ("worst row", "worst element", "0 NaN, 0 inf", "log-sum-exp"):
         assert words in done.out
 
@@ -259,7 +261,9 @@ def test_nobody_reads_the_output(made, words):
 
 def test_a_reader_that_wants_one_line(made):
     line = f"{subprocess.list2cmdline(COMMAND)} info in.h5 | head -1"
-    done = subprocess.run(line, shell=True, cwd=made, env=environment(), capture_output=True, timeout=WAIT_S, check=True)
+    done = subprocess.run(
+        line, shell=True, cwd=made, env=environment(), capture_output=True, timeout=WAIT_S, check=True
+    )
     assert done.stdout.startswith(b"in.h5, ")
     assert done.stderr == b""
 

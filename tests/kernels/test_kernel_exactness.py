@@ -303,10 +303,6 @@ def test_nothing_to_do(rng, dtype):
     kernel.close()
 
 
-@pytest.mark.xfail(
-    reason="arrays that are contiguous or writable are other types than the compiled signature: each is compiled anew",
-    strict=True,
-)
 def test_no_call_compiles_a_further_variant(rng):
     """Contiguous, strided, read-only and one-row arguments all run what ``load`` compiled."""
     for dtype in DTYPES:

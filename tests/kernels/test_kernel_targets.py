@@ -83,7 +83,7 @@ def compile_function(kind, dtype, family, triple, processor):
 def test_every_function_compiles_to_code_without_calls(kind, dtype, processor):
     """Only ``copy`` calls anything: a fused multiply-add that the processor lacked would become a call."""
     assembly = compile_function(kind, dtype, *PROCESSORS[processor], processor)
-    assert len(calls(assembly)) == (kind == "copy")
+    assert bool(calls(assembly)) == (kind == "copy")
     assert ("memcpy" in assembly) == (kind == "copy")
 
 
