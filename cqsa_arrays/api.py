@@ -131,7 +131,8 @@ def statistics(
     """The block statistics of ``q`` over the keys ``k``: what remains to be merged with those over other keys.
 
     Arguments as for ``attention``. Returns ``BlockStatistics`` with acc (batch, heads, Nq, Dv), m and l (batch, heads,
-    Nq), float64 for float64 inputs and float32 for others; ``merge`` combines them over disjoint key sets.
+    Nq), without the axes that q's layout leaves out, float64 for float64 inputs and float32 for others; ``merge``
+    combines them over disjoint key sets.
 
     >>> import numpy as np, cqsa_arrays as cqsa
     >>> rng = np.random.default_rng(0)

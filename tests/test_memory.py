@@ -46,17 +46,18 @@ def job(name: str, budget: str, cover: str = "auto", **inputs: object) -> Job:
 
 
 JOBS = [
-    job("float32, a tenth", "1/10", tokens=12_000, heads=12),
-    job("float32, a tenth, cqs", "1/10", "cqs", tokens=12_000, heads=12),
-    job("float32, a tenth, rectangular", "1/10", "rectangular", tokens=12_000, heads=12),
+    job("float32, a tenth", "1/10", tokens=10_000, heads=12),
+    job("float32, a tenth, cqs", "1/10", "cqs", tokens=10_000, heads=12),
+    job("float32, a tenth, rectangular", "1/10", "rectangular", tokens=10_000, heads=12),
     job("float32, one head", "8", tokens=30_000),
     job("float32, one head, states on disk", "10", "cqs", tokens=30_000, head_dim=32, value_dim=64),
     job("float32, D 128", "48", tokens=12_000, heads=4, head_dim=128),
     job("float32, more keys", "1/5", tokens=4_000, key_tokens=30_000, heads=4),
     job("float32, room for everything", "256", tokens=12_000, heads=2),
+    job("float32, many keys at once", "512", "cqs", tokens=1_000, key_tokens=260_000, head_dim=128),
     job("float32, nd layout", "1/3", tokens=24_000, head_dim=96, layout="nd"),
     job("float16 bnhd", "24", tokens=12_000, heads=6, dtype="float16", layout="bnhd"),
-    job("float16 bnhd, a ninth", "1/9", tokens=6_000, heads=32, dtype="float16", layout="bnhd"),
+    job("float16 bnhd, a sixth", "1/6", tokens=4_000, heads=32, dtype="float16", layout="bnhd"),
     job("bfloat16", "12", tokens=16_000, heads=4, dtype="bfloat16"),
     job("bfloat16 nhd, cqs", "40", "cqs", tokens=12_000, heads=4, dtype="bfloat16", layout="nhd"),
     job("float64, D 128", "1/4", tokens=8_000, heads=4, head_dim=128, dtype="float64"),

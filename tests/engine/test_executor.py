@@ -186,28 +186,40 @@ def test_a_rectangle_of_one_key_block_is_priced_as_it_reads() -> None:
     assert report.input_read_bytes == plan.chosen.traffic.input_read_bytes
 
 
+def replay(plan) -> list[tuple[set, list]]:
+    """For each step what is resident before it, and what it must read, as (name, batch, heads, tokens).
+
+    Each input has its slots; the block used longest ago gives way; another group of heads starts with nothing.
+    """
+    steps = []
+    for group in plan.groups:
+        resident = {name: [] for name in "qkv"}
+        for task in plan.build_cover().tasks():
+            for step in task.steps():
+                before = {block for blocks in resident.values() for block in blocks}
+                reads = []
+                for name, ranges in (("q", (step.queries,)), ("k", step.keys), ("v", step.keys)):
+                    slots = 1 if name == "q" else plan.chosen.residency.key_slots
+                    for tokens in ranges:
+                        block = (name, group.batch, group.heads, tokens)
+                        if block in resident[name]:
+                            resident[name].remove(block)
+                        else:
+                            reads.append(block)
+                        resident[name] = [*resident[name], block][-slots:]
+                steps.append((before, reads))
+    return steps
+
+
 @by_mask
 @by_plan
 def test_blocks_that_are_resident_are_not_read_again(make, mask, tmp_path) -> None:
     one = case(queries=700, keys=750, batch=2, heads=2, mask=mask)
     plan = make(one, tmp_path)
     one.run(plan)
-    # Replay: a store of ``slots`` blocks, the one used longest ago giving way, emptied with each group.
-    expected = {name: [] for name in "qkv"}
-    for group in plan.groups:
-        resident = {name: [] for name in "qkv"}
-        for task in plan.build_cover().tasks():
-            for step in task.steps():
-                for name, blocks in (("q", (step.queries,)), ("k", step.keys), ("v", step.keys)):
-                    slots = 1 if name == "q" else plan.chosen.residency.key_slots
-                    for block in blocks:
-                        if block in resident[name]:
-                            resident[name].remove(block)
-                        else:
-                            expected[name].append((name, group.batch, group.heads, block))
-                        resident[name] = [*resident[name], block][-slots:]
+    expected = [block for _, reads in replay(plan) for block in reads]
     for name in "qkv":
-        assert one.entries("read", name) == expected[name]
+        assert one.entries("read", name) == [block for block in expected if block[0] == name]
 
 
 @by_plan
@@ -231,23 +243,56 @@ def test_another_group_starts_with_nothing_resident() -> None:
 # Reading ahead.
 
 
+class Noting(Counter):
+    """A Progress that notes in ``log`` when a step computes."""
+
+    def __init__(self, log) -> None:
+        super().__init__()
+        self.log = log
+
+    def advance(self, pairs: int) -> None:
+        super().advance(pairs)
+        self.log.append(("computed",))
+
+
+def unasked(one: Case, plan) -> list[tuple[int, tuple]]:
+    """(step, block) of each read, but for the first step's, that was not asked for before the last step computed."""
+    one.run(plan, Noting(one.log))
+    log, found, asked, asked_in_time = iter(one.log), [], set(), set()
+    for number, (_, reads) in enumerate(replay(plan)):
+        for _ in reads:
+            for verb, *what in log:
+                block = tuple(what)
+                if verb == "read":
+                    break
+                if verb == "computed":
+                    asked_in_time |= asked
+                    asked = set()
+                else:
+                    asked.add(block)
+            assert block in reads
+            if block not in asked_in_time and number > 0:
+                found.append((number, block))
+            asked_in_time.discard(block)
+    return found
+
+
 @by_plan
 def test_blocks_of_the_next_step_are_read_ahead_before_they_are_read(make, tmp_path, monkeypatch) -> None:
     monkeypatch.setattr(executor, "ThreadPoolExecutor", Immediately)
     one = case(queries=700, keys=750, batch=2, heads=2, mask=Causal(200))
     plan = make(one, tmp_path)
-    one.run(plan)
-    first_step = next(work.step for work in schedule(plan.groups, plan.build_cover()) if work.step)
-    first = {("q", first_step.queries), *(("k", b) for b in first_step.keys), *(("v", b) for b in first_step.keys)}
-    asked = set()
-    for number, (verb, *what) in enumerate(one.log):
-        if verb == "prefetch":
-            asked.add(tuple(what))
-        else:
-            name, batch, heads, tokens = what
-            at_start = (name, tokens) in first and number <= 2 * len(first) + 2 * plan.chosen.residency.key_slots
-            assert at_start or (name, batch, heads, tokens) in asked
-            asked.discard((name, batch, heads, tokens))
+    steps = replay(plan)
+    # Whatever was not resident one step earlier; see the next test for what was.
+    assert [(number, block) for number, block in unasked(one, plan) if block not in steps[number - 1][0]] == []
+
+
+@pytest.mark.xfail(strict=True, reason="asked for before this step's own reads, which then drive out what was resident")
+@pytest.mark.parametrize("name", ["cqs 7, a head at a time", "rectangular 4 x 3"])
+def test_so_are_blocks_that_the_step_before_drives_out(name, tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr(executor, "ThreadPoolExecutor", Immediately)
+    one = case(queries=700, keys=570, batch=2, heads=2)
+    assert unasked(one, PLANS[name](one, tmp_path)) == []
 
 
 def test_what_is_resident_is_not_read_ahead(monkeypatch) -> None:
@@ -411,7 +456,9 @@ class EndlessTask:
 def test_work_is_made_one_step_ahead_and_no_more() -> None:
     cover = Endless()
     for count, work in enumerate(islice(schedule(GROUPS, cover), 10), 1):
-        assert work == Work(GROUPS[0], Step(Range((count - 1) % 3, (count - 1) % 3 + 1), (Range(0, 1),)), work.ends_task)
+        assert work == Work(
+            GROUPS[0], Step(Range((count - 1) % 3, (count - 1) % 3 + 1), (Range(0, 1),)), work.ends_task
+        )
         assert work.ends_task == (None if count % 3 else count // 3 - 1)
         assert count <= cover.steps_made <= count + 1
         assert cover.tasks_made <= count // 3 + 1

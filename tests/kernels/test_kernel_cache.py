@@ -6,6 +6,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 import cqsa_arrays
 
 CHILD = """
@@ -30,17 +32,21 @@ print(json.dumps({"imported": len(before), "hits": hits, "misses": misses, "mess
 """
 
 
-def run_child(cache, *dtypes):
+def start_child(cache, code, *arguments):
     environment = {
         **os.environ,
         "NUMBA_CACHE_DIR": str(cache),
         "PYTHONPATH": str(Path(cqsa_arrays.__file__).parents[1]),
     }
     child = subprocess.run(
-        [sys.executable, "-c", CHILD, *dtypes], env=environment, capture_output=True, text=True, timeout=300
+        [sys.executable, "-c", code, *arguments], env=environment, capture_output=True, text=True, timeout=300
     )
     assert child.returncode == 0, child.stderr
-    return json.loads(child.stdout)
+    return child.stdout
+
+
+def run_child(cache, *dtypes):
+    return json.loads(start_child(cache, CHILD, *dtypes))
 
 
 def test_the_first_process_compiles_and_says_so_the_second_loads(tmp_path):
@@ -50,11 +56,35 @@ def test_the_first_process_compiles_and_says_so_the_second_loads(tmp_path):
     assert "compiling the float32 kernel" in first["messages"][0][1]
     second = run_child(tmp_path, "float32", "float32")
     assert second == {"imported": 0, "hits": 1, "misses": 0, "messages": []}
-    other = run_child(tmp_path, "float32", "float64")
-    assert (other["hits"], other["misses"]) == (1, 1)
-    assert ["float64" in message for _, message in other["messages"]] == [True]
 
 
 def test_import_compiles_nothing(tmp_path):
     assert run_child(tmp_path) == {"imported": 0, "hits": 0, "misses": 0, "messages": []}
     assert not [path for path in tmp_path.rglob("*") if path.is_file()]
+
+
+CALLS_WHILE_LOADING = """
+import threading
+import numpy as np
+from cqsa_arrays.block_statistics import BlockStatistics
+from cqsa_arrays.kernels.base import KeyBlock
+from cqsa_arrays.kernels.cpu.attend import attend_group
+from cqsa_arrays.kernels.cpu.kernel import CpuKernel, load
+
+x = np.ones((1, 2, 500, 8), "float32")
+kernel = CpuKernel("float32", rows=500, head_dim=8, value_dim=8, threads=2)
+other = threading.Thread(target=load, args=("float64",))
+other.start()
+while other.is_alive():
+    state = BlockStatistics.empty((1, 2, 500), 8, "float32")
+    kernel.accumulate(x, 0, [KeyBlock(0, x, x)], state, diagonal=0, scale=1.0, done=lambda part: None)
+kernel.close()
+assert len(attend_group.signatures) == 2, attend_group.signatures
+"""
+
+
+@pytest.mark.xfail(
+    reason="load lets calls compile, and then forbids it while they do: compilation disabled", strict=True
+)
+def test_a_kernel_runs_while_another_is_loaded(tmp_path):
+    start_child(tmp_path, CALLS_WHILE_LOADING)

@@ -38,7 +38,6 @@ PROCESSORS = {
 # NUMBA_CPU_NAME, NUMBA_CPU_FEATURES, features that this machine must have, family.
 FOREIGN = {
     "haswell": ("haswell", "+avx,+avx2,+fma,-avx512f", {"avx2", "fma"}, "avx2"),
-    "znver3": ("znver3", "+avx,+avx2,+fma,-avx512f", {"avx2", "fma", "vaes", "sha"}, "avx2"),
     "skylake-avx512": (
         "skylake-avx512",
         "+avx,+avx2,+fma,+avx512f,+avx512cd,+avx512bw,+avx512dq,+avx512vl",
