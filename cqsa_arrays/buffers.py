@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import mmap
+import os
 from typing import Any
 
 import numpy as np
@@ -18,7 +19,10 @@ def allocate(shape: int | tuple[int, ...], dtype: Any) -> np.ndarray:
     np.float32(0.0)
     """
     count = int(np.prod(shape))
-    pages = mmap.mmap(-1, max(1, count * np.dtype(dtype).itemsize))
+    size_bytes = max(1, count * np.dtype(dtype).itemsize)
+    if os.name != "posix":
+        return np.frombuffer(mmap.mmap(-1, size_bytes), dtype, count).reshape(shape)
+    pages = mmap.mmap(-1, size_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     if hasattr(mmap, "MADV_HUGEPAGE"):  # one fault for 2 MiB instead of 512
         pages.madvise(mmap.MADV_HUGEPAGE)
     return np.frombuffer(pages, dtype, count).reshape(shape)

@@ -36,6 +36,11 @@ class Tolerance:
     frobenius: float
     lse: float = 5e-6
 
+    def __post_init__(self) -> None:
+        for bound in (self.frobenius, self.lse):
+            if not bound >= 0:
+                raise ArgumentError("tolerance", bound, "a number from 0 on", "Leave it out for that of the dtype.")
+
     @property
     def row(self) -> float:
         return _ROW_FACTOR * self.frobenius

@@ -14,8 +14,9 @@ class Options:
     counts. ``scratch``: the directory for partial states that do not fit in memory (default: that of the output file,
     else the system's temporary directory). ``cover``: "auto", "cqs" or "rectangular". ``chunks``: the number of chunks
     of the CQS cover (default: the smallest with a perfect difference set that fits). ``threads``: default is every
-    processor that this process may use; results do not depend on it. ``overwrite``: whether an existing output file may
-    be replaced. ``progress``: show a progress bar on standard error where that is a terminal.
+    processor that this process may use; a plan gives the same bits for any number, but under a tight budget the memory
+    of more threads can lead to another plan. ``overwrite``: whether an existing output file may be replaced.
+    ``progress``: show a progress bar on standard error where that is a terminal.
     """
 
     host_memory: int | str | None = None

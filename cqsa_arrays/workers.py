@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Iterable
-from concurrent.futures import ThreadPoolExecutor, wait
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from typing import TypeVar
 
 T = TypeVar("T")
@@ -36,8 +36,10 @@ class Workers:
                     waiting.clear()
                     raise
 
-        futures = [self._pool.submit(take_items) for _ in range(min(self._threads, len(waiting)))]
+        futures: list[Future[None]] = []
         try:
+            for _ in range(min(self._threads, len(waiting))):
+                futures.append(self._pool.submit(take_items))
             wait(futures)
         finally:
             waiting.clear()

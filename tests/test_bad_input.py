@@ -523,7 +523,7 @@ COMMANDS = [
     ("make nothing", "make new.h5 --tokens 0", "tokens: found 0; expected at least 1"),
     ("make integers", "make new.h5 --tokens 9 --dtype int8", "dtype: found int8; expected one of float16"),
     ("make nowhere", "make no/new.h5 --tokens 9", "out: found no/new.h5, whose folder is missing"),
-    ("make unknown", "make new.h5 --tokens 9 --chunk-tokens 3 --compression zip", "compression: found zip; expected"),
+    ("make unknown", "make new.h5 --tokens 9 --chunk-tokens 3 --compression zip", "compression: found 'zip'; expected"),
 ]
 
 

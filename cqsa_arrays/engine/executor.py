@@ -65,6 +65,11 @@ class Resident:
         for part in (self.queries, self.keys, self.values, self.states):
             part.begin(group)
 
+    def load(self, step: Step) -> tuple[np.ndarray, list[KeyBlock]]:
+        """The blocks of ``step``, read unless they are resident."""
+        queries = self.queries.load(step.queries)
+        return queries, [KeyBlock(r.start, self.keys.load(r), self.values.load(r)) for r in step.keys]
+
     def prefetch(self, work: Work) -> None:
         """Ask for the input blocks of ``work`` to be read ahead; called from another thread."""
         if work.step is not None:
@@ -86,9 +91,10 @@ def run(plan: Plan, inputs: Inputs, results: Results, progress: Progress) -> Run
             assert work is not None
             if work.group is not current:
                 resident.begin(current := work.group)
-            ahead.request(upcoming)
             if work.step is not None:
-                _attend(plan, resident, work.step, progress)
+                queries, blocks = resident.load(work.step)
+                ahead.request(upcoming)  # only now is it known which blocks this step has driven out
+                _attend(plan, resident, work.step, queries, blocks, progress)
             if work.ends_task is not None:
                 for rows in cover.finished_by(work.ends_task):
                     results.take(work.group, rows, resident.states.load(rows))
@@ -107,11 +113,11 @@ def schedule(groups: tuple[Group, ...], cover: Cover) -> Iterator[Work]:
                 yield Work(group, None, task.index)
 
 
-def _attend(plan: Plan, resident: Resident, step: Step, progress: Progress) -> None:
+def _attend(
+    plan: Plan, resident: Resident, step: Step, queries: np.ndarray, blocks: list[KeyBlock], progress: Progress
+) -> None:
     """Merge the statistics of one query range against its key ranges into its state."""
     mask = plan.problem.mask
-    queries = resident.queries.load(step.queries)
-    blocks = [KeyBlock(r.start, resident.keys.load(r), resident.values.load(r)) for r in step.keys]
     state = resident.states.load(step.queries)
 
     def done(rows: Range) -> None:

@@ -14,6 +14,7 @@ from ..buffers import allocate
 from ..errors import StorageError
 from ..planner import Group, Plan
 from ..ranges import Cut, Range
+from ..storage import reserve
 from ..units import format_bytes
 
 
@@ -136,8 +137,7 @@ class FileStates:
         try:
             descriptor, path = tempfile.mkstemp(dir=directory, prefix="cqsa-states-")
             os.unlink(path)
-            if hasattr(os, "posix_fallocate"):
-                os.posix_fallocate(descriptor, 0, size_bytes)
+            reserve(descriptor, 0, size_bytes)
         except OSError as error:
             if descriptor is not None:
                 os.close(descriptor)
@@ -180,7 +180,10 @@ class FileStates:
         view = flat.view(np.uint8).data
         done = 0
         while done < len(view):
-            moved = call(self._file, [view[done:]], position + done)
+            try:
+                moved = call(self._file, [view[done:]], position + done)
+            except OSError as error:
+                raise StorageError(f"scratch: states cannot be read or written: {error.strerror}.") from error
             if moved <= 0:
                 raise StorageError("scratch: the file of states ended early; it was changed from outside.")
             done += moved

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
-from itertools import product
+from itertools import islice, product
 
 from ..cover import Cover, CqsCover, RectangularCover, perfect_sizes, set_size
 from ..ranges import Cut
@@ -15,8 +15,8 @@ from .problem import Problem
 
 # More chunks than this never pay on one machine, and difference sets past it take longer to find than to use.
 MOST_CHUNKS = 1 << 20
-# Keys of one step of the rectangular cover: each step merges into the state once, so longer steps round less.
-KEY_BLOCK_TOKENS = 32768
+# Longest key block of the rectangular cover.
+KEY_BLOCK_TOKENS = 1 << 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,9 +73,11 @@ def _tiles(tokens: int) -> int:
     return -(-tokens // TILE_TOKENS)
 
 
-def _live_fraction(problem: Problem) -> float:
-    """How much of a triangle a causal mask leaves, for key loads; 1 for full attention."""
-    return problem.pairs / (problem.batch * problem.heads * problem.query_tokens * problem.key_tokens)
+def _key_passes(problem: Problem, query_parts: int, key_parts: int) -> float:
+    """How often that many query tiles read the keys, at most: what each tile's last row sees, in whole blocks."""
+    queries, keys = problem.query_tokens, problem.key_tokens
+    live = problem.pairs / (problem.batch * problem.heads * queries * keys)
+    return query_parts * live + queries / (2 * keys) + query_parts / key_parts
 
 
 def cqs_candidate(problem: Problem, machine: Machine, group: tuple[int, int], on_disk: bool, chunks: int) -> Candidate:
@@ -102,7 +104,7 @@ def rectangular_candidate(
     row_bytes = state_row_bytes(problem)
     residency = Residency(heads, queries.longest, keys.longest, 1, queries.longest, row_bytes, machine.threads)
     groups = problem.batch * problem.heads / heads
-    passes = 1.0 if query_parts == 1 else max(1.0, query_parts * _live_fraction(problem))
+    passes = min(query_parts, _key_passes(problem, *parts)) if parts[1] > 1 else 1.0
     work = Work(1.0, passes, 0.0, int(groups * parts[0] * parts[1]), queries.longest)
     return _priced("rectangular", problem, machine, group, parts, False, residency, work)
 
@@ -118,9 +120,10 @@ def _priced(
     work: Work,
 ) -> Candidate:
     scratch = 2 * residency.heads * problem.query_tokens * state_row_bytes(problem) if on_disk else 0
+    moved = traffic(problem, work)
     return Candidate(
-        cover, *parts, *group, on_disk, residency, memory_terms(problem, residency), traffic(problem, work), scratch,
-        estimate_s(problem, residency, work, machine.rates, machine.cache_bytes),
+        cover, *parts, *group, on_disk, residency, memory_terms(problem, residency), moved, scratch,
+        estimate_s(problem, residency, work, moved, machine.rates, machine.cache_bytes),
     )  # fmt: skip
 
 
@@ -134,22 +137,34 @@ def cqs_candidates(problem: Problem, machine: Machine, budget_bytes: int, chunks
     """For each group and place of states the smallest number of chunks that fits, which moves least."""
     counts = chunk_counts(problem) if chunks is None else [chunks]
     for group, on_disk in product(head_groups(problem), (False, True)):
-        build = partial(cqs_candidate, problem, machine, group, on_disk)
-        fitting = _first_fitting(counts, build, budget_bytes)
-        if fitting is not None:
-            yield fitting
+        # Not by bisection: where chunks are a few tiles long, more of them can need more memory.
+        candidates = (cqs_candidate(problem, machine, group, on_disk, count) for count in counts)
+        yield from islice((c for c in candidates if c.memory_bytes <= budget_bytes), 1)
 
 
 def rectangular_candidates(problem: Problem, machine: Machine, budget_bytes: int) -> Iterator[Candidate]:
-    """For each group and length of key blocks the largest query tile that fits, which reads the keys least often."""
-    query_tiles, key_tiles = _tiles(problem.query_tokens), _tiles(problem.key_tokens)
-    in_place = problem.k.in_place and problem.v.in_place
-    blocks = [key_tiles] if in_place else _halvings(min(key_tiles, KEY_BLOCK_TOKENS // TILE_TOKENS))
-    for group, block in product(head_groups(problem), blocks):
-        build = partial(rectangular_candidate, problem, machine, group, block * TILE_TOKENS)
-        fitting = _first_fitting(range(1, query_tiles + 1), build, budget_bytes)
-        if fitting is not None:
-            yield fitting
+    """For each group the largest query tile that fits beside the longest key block that does."""
+    parts = range(1, _tiles(problem.query_tokens) + 1)
+    for group in head_groups(problem):
+        builds = (
+            partial(rectangular_candidate, problem, machine, group, block * TILE_TOKENS)
+            for block in _key_blocks(problem, budget_bytes)
+        )
+        found = (_first_fitting(parts, build, budget_bytes) for build in builds)
+        yield from islice((candidate for candidate in found if candidate is not None), 1)
+
+
+def _key_blocks(problem: Problem, budget_bytes: int) -> list[int]:
+    """Lengths of key blocks to try, in tiles, longest first: from an eighth of the budget down to one tile.
+
+    Each block rounds the states once, so they should be long: 2^20 tokens keep the error flat up to 2^30.
+    """
+    tiles = _tiles(problem.key_tokens)
+    if problem.k.in_place and problem.v.in_place:
+        return [tiles]
+    tile_bytes = TILE_TOKENS * (problem.head_dim + problem.value_dim) * problem.compute_itemsize
+    longest = min(tiles, KEY_BLOCK_TOKENS // TILE_TOKENS, max(1, budget_bytes // 8 // tile_bytes))
+    return list(dict.fromkeys(max(1, longest >> shift) for shift in (0, 1, 2, 4, 8, 16)))
 
 
 def _first_fitting(parts: Sequence[int], build: Callable[[int], Candidate], budget_bytes: int) -> Candidate | None:
@@ -162,8 +177,3 @@ def _first_fitting(parts: Sequence[int], build: Callable[[int], Candidate], budg
         fits = build(parts[middle]).memory_bytes <= budget_bytes
         low, high = (low, middle) if fits else (middle + 1, high)
     return build(parts[low])
-
-
-def _halvings(tiles: int) -> list[int]:
-    """tiles, half of it, a quarter, ... 1."""
-    return list(dict.fromkeys(max(1, tiles >> shift) for shift in range(tiles.bit_length())))

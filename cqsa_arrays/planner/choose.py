@@ -33,6 +33,10 @@ def choose(problem: Problem, budget: Budget, machine: Machine, *, cover: str, ch
         raise ArgumentError("cover", repr(cover), f"one of {', '.join(COVERS)}", "'auto' lets the planner choose.")
     if chunks is not None and chunks < 1:
         raise ArgumentError("chunks", chunks, "at least 1", "Leave it out to let the planner choose.")
+    if chunks is not None and cover == "rectangular":
+        raise ArgumentError("chunks", chunks, "no number of chunks with cover='rectangular'", "Leave one of them out.")
+    if chunks is not None:
+        cover = "cqs"
     quorums = list(cqs_candidates(problem, machine, budget.memory_bytes, chunks))
     found = {
         "cqs": _cheapest([c for c in quorums if not _writes_too_much(c)]) or _cheapest(quorums),
@@ -85,8 +89,8 @@ def _smallest(problem: Problem, machine: Machine, cover: str, chunks: int | None
     group = head_groups(problem)[-1]
     found = []
     if cover != "rectangular":
-        count = chunks or chunk_counts(problem)[-1]
-        found += [cqs_candidate(problem, machine, group, on_disk, count) for on_disk in (False, True)]
+        counts = chunk_counts(problem) if chunks is None else [chunks]
+        found += [cqs_candidate(problem, machine, group, d, count) for d in (False, True) for count in counts]
     if cover != "cqs":
         in_place = problem.k.in_place and problem.v.in_place
         block, tiles = problem.key_tokens if in_place else TILE_TOKENS, -(-problem.query_tokens // TILE_TOKENS)

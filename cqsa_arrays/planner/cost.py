@@ -62,9 +62,10 @@ def traffic(problem: Problem, work: Work) -> Traffic:
     )
 
 
-def estimate_s(problem: Problem, residency: Residency, work: Work, rates: Rates, cache_bytes: int) -> float:
+def estimate_s(
+    problem: Problem, residency: Residency, work: Work, moved: Traffic, rates: Rates, cache_bytes: int
+) -> float:
     """Seconds: arithmetic and disk side by side, then what cannot overlap: first loads, copies, calls."""
-    moved = traffic(problem, work)
     once = problem.q.file_bytes + problem.k.file_bytes + problem.v.file_bytes
     # What fits the page cache is read from the disk once.
     disk_read = min(once, moved.input_read_bytes) if once <= cache_bytes else moved.input_read_bytes

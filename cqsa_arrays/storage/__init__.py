@@ -8,6 +8,7 @@ from .hdf5 import DiskArray, OpenedFile, dataset, open_file, split_reference
 from .info import FileInfo, describe
 from .layout import LAYOUTS, Layout, Shape4, parse_layout
 from .output import ArraySink, OutputFile, Sink, output_staging_bytes
+from .reserve import reserve
 from .source import TokenSource
 from .synthetic import InputSpec, make_inputs
 
@@ -30,5 +31,6 @@ __all__ = [
     "open_file",
     "output_staging_bytes",
     "parse_layout",
+    "reserve",
     "split_reference",
 ]

@@ -5,7 +5,6 @@ Imported only when a file is made: this module imports h5py.
 
 from __future__ import annotations
 
-import errno
 import json
 import os
 import shutil
@@ -18,10 +17,10 @@ from h5py import h5d, h5p, h5s, h5t
 
 from ..errors import StorageError
 from ..units import format_bytes
-from .dtypes import BFLOAT16, PIECE_BYTES
+from .dtypes import BFLOAT16
+from .reserve import reserve
 
 DATA_ALIGNMENT = 4096
-_NO_RESERVATION = (errno.EINVAL, errno.EOPNOTSUPP, errno.ENOSYS)
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,24 +46,32 @@ def create_contiguous(
     elements are undefined. Where there is no room, StorageError says how much is needed, and no file is left.
     """
     try:
-        with h5py.File(
-            path,
-            "w-",
-            libver=("v108", "v110"),  # attributes over 64 KiB (plans) need 1.8; any HDF5 since 1.10 reads it
-            alignment_threshold=DATA_ALIGNMENT,
-            alignment_interval=DATA_ALIGNMENT,
-        ) as file:
-            offsets = [_create_dataset(file, new) for new in datasets]
-            for name, target in links.items():
-                file[name] = file[target]
-            write_attributes(file, attributes)
-        spans = [(offset, offset + new.nbytes) for offset, new in zip(offsets, datasets, strict=True)]
-        _reserve(path, spans)
-        sync_directory(path)
-    except (OSError, RuntimeError) as error:  # h5py reports a full disk on closing as a RuntimeError
+        return _create(path, datasets, attributes, links)
+    except BaseException as error:
         if os.path.exists(path):
             os.remove(path)
-        raise _no_room(path, sum(new.nbytes for new in datasets), error) from error
+        if isinstance(error, (OSError, RuntimeError)):  # h5py reports a full disk on closing as a RuntimeError
+            raise _no_room(path, sum(new.nbytes for new in datasets), error) from error
+        raise
+
+
+def _create(
+    path: str, datasets: list[NewDataset], attributes: Mapping[str, object], links: Mapping[str, str]
+) -> list[int]:
+    with h5py.File(
+        path,
+        "w-",
+        libver=("v108", "v110"),  # attributes over 64 KiB (plans) need 1.8; any HDF5 since 1.10 reads it
+        alignment_threshold=DATA_ALIGNMENT,
+        alignment_interval=DATA_ALIGNMENT,
+    ) as file:
+        offsets = [_create_dataset(file, new) for new in datasets]
+        for name, target in links.items():
+            file[name] = file[target]
+        write_attributes(file, attributes)
+    spans = [(offset, offset + new.nbytes) for offset, new in zip(offsets, datasets, strict=True)]
+    _reserve(path, spans)
+    sync_directory(path)
     return offsets
 
 
@@ -113,30 +120,10 @@ def _reserve(path: str, spans: list[tuple[int, int]]) -> None:
     descriptor = os.open(path, os.O_RDWR | getattr(os, "O_BINARY", 0))
     try:
         for start, stop in spans:
-            if not _reserved_by_system(descriptor, start, stop - start):
-                _fill(descriptor, start, stop)
+            reserve(descriptor, start, stop)
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
-
-
-def _reserved_by_system(descriptor: int, start: int, size: int) -> bool:
-    if not hasattr(os, "posix_fallocate"):
-        return False
-    try:
-        os.posix_fallocate(descriptor, start, size)
-    except OSError as error:
-        if error.errno in _NO_RESERVATION:
-            return False
-        raise
-    return True
-
-
-def _fill(descriptor: int, start: int, stop: int) -> None:
-    zeros = bytes(PIECE_BYTES)
-    os.lseek(descriptor, start, os.SEEK_SET)
-    while start < stop:
-        start += os.write(descriptor, zeros[: stop - start])
 
 
 def _no_room(path: str, needed_bytes: int, error: Exception) -> StorageError:

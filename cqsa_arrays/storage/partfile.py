@@ -61,8 +61,11 @@ class PartFile:
         if os.path.exists(self.path) and not self._overwrite:
             self._close()
             raise StorageError(f"{self.path} has appeared meanwhile; the result is {self.part}: rename it.")
+        try:
+            os.replace(self.part, self.path)
+        except OSError as error:
+            raise StorageError(f"{self.part} cannot be renamed to {self.path}: {error.strerror}.") from error
         self._close()
-        os.replace(self.part, self.path)
         sync_directory(self.path)
 
     def abandon(self) -> None:
@@ -99,7 +102,10 @@ def check_target(path: str, inputs: Sequence[str], *, overwrite: bool) -> None:
             raise ArgumentError("out", f"{name}, which is an input", "another file", "Inputs are never overwritten.")
     if os.path.exists(path) and not overwrite:
         raise ArgumentError(
-            "out", f"{path}, which exists", "a new file", "Choose another name, or pass overwrite=True."
+            "out",
+            f"{path}, which exists",
+            "a new file",
+            "Choose another name, or --overwrite (Options(overwrite=True)).",
         )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
@@ -54,15 +55,19 @@ class InputSpec:
         numbers = ("tokens", "heads", "head_dim", "batch", "key_tokens", "value_dim", "chunk_tokens")
         for name in numbers:
             if (value := getattr(self, name)) is not None and value < 1:
-                raise ArgumentError(name, value, "at least 1", "")
+                raise ArgumentError(name, value, "at least 1", "Leave optional lengths out for their defaults.")
         if self.seed < 0:
-            raise ArgumentError("seed", self.seed, "at least 0", "")
+            raise ArgumentError("seed", self.seed, "at least 0", "Any whole number from 0 on will do.")
         if self.dtype not in SUPPORTED:
-            raise ArgumentError("dtype", self.dtype, f"one of {', '.join(SUPPORTED)}", "")
+            raise ArgumentError("dtype", self.dtype, f"one of {', '.join(SUPPORTED)}", "float32 is the default.")
         if self.layout not in LAYOUTS:
-            raise ArgumentError("layout", self.layout, f"one of {', '.join(LAYOUTS)}", "")
+            raise ArgumentError("layout", self.layout, f"one of {', '.join(LAYOUTS)}", "bhnd is the default.")
         if self.shared and not self.shapes["q"] == self.shapes["k"] == self.shapes["v"]:
             raise ArgumentError("shared", "key_tokens or value_dim", "one shape for q, k and v", "Leave them out.")
+        if not math.isfinite(self.scale):
+            raise ArgumentError("scale", self.scale, "a finite number", "It is the standard deviation of the numbers.")
+        if self.compression not in (None, "gzip", "lzf"):
+            raise ArgumentError("compression", repr(self.compression), "gzip or lzf", "Leave it out for none.")
         if self.compression is not None and self.chunk_tokens is None:
             raise ArgumentError("compression", self.compression, "chunked data", "Give chunk_tokens, too.")
 

@@ -169,7 +169,6 @@ def test_full_rectangle_reads_as_planned(parts) -> None:
     assert report.input_read_bytes == plan.chosen.traffic.input_read_bytes
 
 
-@pytest.mark.xfail(strict=True, reason="the price takes key_blocks * live fraction; the diagonal's blocks are whole")
 @pytest.mark.parametrize("parts", [4, 7], ids=lambda n: f"{n} tiles")
 def test_causal_rectangle_reads_no_more_than_planned(parts) -> None:
     one = case(queries=7 * TILE, heads=1, mask=Causal())
@@ -178,7 +177,6 @@ def test_causal_rectangle_reads_no_more_than_planned(parts) -> None:
     assert report.input_read_bytes <= plan.chosen.traffic.input_read_bytes
 
 
-@pytest.mark.xfail(strict=True, reason="one key block stays for all query tiles, and is priced once for each of them")
 def test_a_rectangle_of_one_key_block_is_priced_as_it_reads() -> None:
     one = case(queries=7 * TILE, heads=1)
     plan = one.rectangular(7, 7 * TILE)
@@ -287,7 +285,6 @@ def test_blocks_of_the_next_step_are_read_ahead_before_they_are_read(make, tmp_p
     assert [(number, block) for number, block in unasked(one, plan) if block not in steps[number - 1][0]] == []
 
 
-@pytest.mark.xfail(strict=True, reason="asked for before this step's own reads, which then drive out what was resident")
 @pytest.mark.parametrize("name", ["cqs 7, a head at a time", "rectangular 4 x 3"])
 def test_so_are_blocks_that_the_step_before_drives_out(name, tmp_path, monkeypatch) -> None:
     monkeypatch.setattr(executor, "ThreadPoolExecutor", Immediately)

@@ -94,11 +94,14 @@ def test_the_parts_of_the_scratch_fit_and_are_aligned(dtype, family, shape):
     space = np.empty(tile.scratch_bytes(*shape) // tile.itemsize + ALIGNMENT, dtype)
     first = -space.ctypes.data % ALIGNMENT // tile.itemsize
     scratch = space[first : first + tile.scratch_bytes(*shape) // tile.itemsize]
-    parts = _carve.py_func(scratch, panels, head_dim, columns, tile.rows)
+    packed, span, total, *others = _carve.py_func(scratch, panels, head_dim, columns, tile.rows)
+    parts = [*total, packed, *span, *others]
+    state = [(panels, columns, tile.rows), (panels, tile.rows), (panels, tile.rows)]
     wanted = [
-        (panels, head_dim, tile.rows), (panels, columns, tile.rows), (panels, tile.rows), (panels, tile.rows),
-        (tile.rows,), (tile.rows,), (tile.rows,), (BLOCK_KEYS * tile.rows,),
+        *state, (panels, head_dim, tile.rows), *state, (tile.rows,), (tile.rows,), (tile.rows,),
+        (BLOCK_KEYS * tile.rows,),
     ]  # fmt: skip
+    assert all(part.dtype == np.float64 for part in total)
     assert [part.shape for part in parts[:-1]] == wanted
     ends = [part.ctypes.data + part.nbytes for part in parts]
     assert all(end == part.ctypes.data for end, part in zip(ends[:-1], parts[1:], strict=True))

@@ -75,7 +75,6 @@ def test_no_rectangle_needs_less_than_the_named_budget(one) -> None:
     assert named_budget(one, "rectangular") == min(c.memory_bytes for c in every_candidate(one, "rectangular"))
 
 
-@pytest.mark.xfail(strict=True, reason="the most chunks are taken for the least memory: 13 of 14 tiles, 7 need less")
 @pytest.mark.parametrize("count", [14, 22, 32, 58], ids=lambda n: f"{n} tiles")
 def test_no_number_of_chunks_needs_less_than_the_named_budget(count) -> None:
     one = problem(queries=count * 96)
@@ -159,8 +158,8 @@ def test_the_same_call_gives_the_same_plan(one, cover, exponent) -> None:
     assert str(first) == str(second)
 
 
-@pytest.mark.xfail(strict=True, reason="threads are priced and counted, so another number may choose other chunks")
-def test_another_number_of_threads_gives_a_plan_of_the_same_identity() -> None:
+def test_with_room_to_spare_another_number_of_threads_gives_a_plan_of_the_same_identity() -> None:
+    """Under a tight budget the memory of the threads counts, and more of them may need other chunks."""
     one = problem(queries=1 << 18, dtype="float16", mask=Causal())
-    identities = {plan_for(one, 24 << 20, machine=Machine(n, 16 << 30, Rates())).identity for n in (1, 2, 4, 8)}
+    identities = {plan_for(one, 2 << 30, machine=Machine(n, 16 << 30, Rates())).identity for n in (1, 2, 4, 8)}
     assert len(identities) == 1

@@ -18,7 +18,7 @@ from .intrinsics import (
     panel_rows,
     tile_columns,
 )
-from .tiles import ALIGNMENT, BLOCK_KEYS, SPAN_KEYS
+from .tiles import ALIGNMENT, BLOCK_KEYS, SEGMENT_DIM, SPAN_KEYS
 
 
 def signature(dtype: str) -> Any:
@@ -31,14 +31,28 @@ def signature(dtype: str) -> Any:
 
 @nb.njit
 def _carve(scratch, panels, head_dim, columns, rows):
-    """The parts of the scratch, in the order of ``Tile.scratch_bytes``; each begins on a 64-byte border."""
+    """The parts of the scratch, in the order of ``Tile.scratch_bytes``; each begins on the border of a vector.
+
+    First the totals in float64, then everything in the kernel's arithmetic.
+    """
+    total = scratch[: panels * (columns + 2) * rows * 8 // scratch.itemsize].view(np.float64)
+    rest = scratch[total.size * 8 // scratch.itemsize :]
     ends = np.cumsum(np.array([panels * head_dim, panels * columns, panels, panels, 1, 1, 1, BLOCK_KEYS])) * rows
-    packed = scratch[: ends[0]].reshape((panels, head_dim, rows))
-    span_acc = scratch[ends[0] : ends[1]].reshape((panels, columns, rows))
-    span_m = scratch[ends[1] : ends[2]].reshape((panels, rows))
-    span_l = scratch[ends[2] : ends[3]].reshape((panels, rows))
-    maxima, alpha, limits = scratch[ends[3] : ends[4]], scratch[ends[4] : ends[5]], scratch[ends[5] : ends[6]]
-    return packed, span_acc, span_m, span_l, maxima, alpha, limits, scratch[ends[6] : ends[7]], scratch[ends[7] :]
+    packed = rest[: ends[0]].reshape((panels, head_dim, rows))
+    span, totals = _state(rest[ends[0] : ends[3]], panels, columns, rows), _state(total, panels, columns, rows)
+    maxima, alpha, limits = rest[ends[3] : ends[4]], rest[ends[4] : ends[5]], rest[ends[5] : ends[6]]
+    return packed, span, totals, maxima, alpha, limits, rest[ends[6] : ends[7]], rest[ends[7] :]
+
+
+@nb.njit
+def _state(memory, panels, columns, rows):
+    """acc (panels, columns, rows), m and l (panels, rows) in ``memory``: no row has seen a key."""
+    end = panels * columns * rows
+    acc = memory[:end].reshape((panels, columns, rows))
+    m = memory[end : end + panels * rows].reshape((panels, rows))
+    normalizer = memory[end + panels * rows : end + 2 * panels * rows].reshape((panels, rows))
+    _clear((acc, m, normalizer))
+    return acc, m, normalizer
 
 
 @nb.njit
@@ -53,32 +67,54 @@ def _pack(queries, scale, packed):
 
 
 @nb.njit
-def _clear(span_acc, span_m, span_l):
-    span_acc[:], span_m[:], span_l[:] = 0, -np.inf, 0
+def _clear(state):
+    state[0][:], state[1][:], state[2][:] = 0, -np.inf, 0
 
 
 @nb.njit
-def _merge_span(acc, m, normalizer, span_acc, span_m, span_l):
-    """Merge the statistics of one span into the running state, row by row, re-based on the larger maximum."""
-    rows = span_m.shape[1]
+def _rebase(m, more_m):
+    """The common base of two states of a row, and what each of them weighs on it, in float64."""
+    best = max(m, more_m)
+    base = best if best != -np.inf else 0.0
+    return best, math.exp(m - base), math.exp(more_m - base)
+
+
+@nb.njit
+def _merge_span(total, span):
+    """Merge the statistics of one span into the totals, whose float64 keeps the error flat in the number of spans."""
+    (acc, m, normalizer), (span_acc, span_m, span_l) = total, span
+    panels, columns, rows = acc.shape
+    for panel in range(panels):
+        for lane in range(rows):
+            more_m, more_l = np.float64(span_m[panel, lane]), np.float64(span_l[panel, lane])
+            if more_m == -np.inf and more_l == 0:
+                continue  # this row saw nothing in this span
+            m[panel, lane], old, new = _rebase(m[panel, lane], more_m)
+            normalizer[panel, lane] = normalizer[panel, lane] * old + more_l * new
+            for column in range(columns):
+                acc[panel, column, lane] = acc[panel, column, lane] * old + span_acc[panel, column, lane] * new
+    _clear(span)
+
+
+@nb.njit
+def _merge_total(acc, m, normalizer, total):
+    """Merge the totals of this call into the caller's state, row by row; rows that saw nothing keep their bits."""
+    total_acc, total_m, total_l = total
+    rows = total_m.shape[1]
     for row in range(m.shape[0]):
         panel, lane = row // rows, row % rows
-        theirs = span_m[panel, lane]
-        best = max(m[row], theirs)
-        if theirs == -np.inf and span_l[panel, lane] == 0:
-            continue  # this row saw nothing in this span: its state keeps its bits
-        base = best if best != -np.inf else acc.dtype.type(0)
-        old, new = math.exp(m[row] - base), math.exp(theirs - base)
-        m[row] = best
-        normalizer[row] = normalizer[row] * old + span_l[panel, lane] * new
+        if total_m[panel, lane] == -np.inf and total_l[panel, lane] == 0:
+            continue
+        m[row], old, new = _rebase(np.float64(m[row]), total_m[panel, lane])
+        normalizer[row] = normalizer[row] * old + total_l[panel, lane] * new
         for d in range(acc.shape[1]):
-            acc[row, d] = acc[row, d] * old + span_acc[panel, d, lane] * new
+            acc[row, d] = acc[row, d] * old + total_acc[panel, d, lane] * new
 
 
 @nb.njit
 def _attend_block(parts, first_row, keys, key_stride, value_dim, value_stride, block_keys):
     """All panels against one block of keys; lane r of panel p sees the first ``first_row + p R + r``."""
-    packed, span_acc, span_m, span_l, maxima, alpha, limits, scores, values = parts
+    packed, (span_acc, span_m, span_l), _, maxima, alpha, limits, scores, values = parts
     panels, head_dim, rows = packed.shape
     maxima_at, alpha_at, limits_at = maxima.ctypes.data, alpha.ctypes.data, limits.ctypes.data
     scores_at, values_at = scores.ctypes.data, values.ctypes.data
@@ -89,15 +125,17 @@ def _attend_block(parts, first_row, keys, key_stride, value_dim, value_stride, b
         acc_at, m_at, l_at = span_acc[panel].ctypes.data, span_m[panel].ctypes.data, span_l[panel].ctypes.data
         count = min(block_keys, seen + rows - 1)
         block_scores(scores, packed[panel].ctypes.data, keys, key_stride, count, head_dim, scores_at, maxima_at)
-        if seen >= count:
-            block_weights(scores, scores_at, count, maxima_at, m_at, l_at, alpha_at)
-            block_values(scores, scores_at, values_at, value_stride, count, value_dim, alpha_at, limits_at, acc_at)
-            continue
-        for lane in range(rows):
-            limits[lane] = min(max(seen + lane, 0), count)
-        block_mask(scores, scores_at, count, limits_at, maxima_at)
+        if seen < count or head_dim > SEGMENT_DIM:
+            for lane in range(rows):
+                limits[lane] = min(max(seen + lane, 0), count)
+            block_mask(scores, scores_at, count, limits_at, maxima_at)
         block_weights(scores, scores_at, count, maxima_at, m_at, l_at, alpha_at)
-        block_masked_values(scores, scores_at, values_at, value_stride, count, value_dim, alpha_at, limits_at, acc_at)
+        if seen < count:
+            block_masked_values(
+                scores, scores_at, values_at, value_stride, count, value_dim, alpha_at, limits_at, acc_at
+            )
+        else:
+            block_values(scores, scores_at, values_at, value_stride, count, value_dim, alpha_at, limits_at, acc_at)
 
 
 @nb.njit(nogil=True, cache=True)
@@ -111,18 +149,17 @@ def attend_group(queries, row_start, pieces, diagonal, scale, acc, m, normalizer
     Key blocks are the outer loop and query panels the inner one, so that a block of keys and values stays in the
     first-level cache while all panels of the group pass over it. Values are copied to rows one cache line apart from a
     multiple of 512 bytes: at head dimension 128 their native stride would map a column to a few cache sets. Every
-    ``SPAN_KEYS`` keys are accumulated from zero and merged once.
+    ``SPAN_KEYS`` keys are accumulated from zero and merged once into float64 totals, and those once into the state.
     """
     rows, value_dim = panel_rows(scratch), acc.shape[1]
     columns = (value_dim + tile_columns(scratch) - 1) // tile_columns(scratch) * tile_columns(scratch)
     panels = (queries.shape[0] + rows - 1) // rows
     parts = _carve(scratch, panels, queries.shape[1], columns, rows)
-    packed, span_acc, span_m, span_l, values = parts[0], parts[1], parts[2], parts[3], parts[8]
+    span, total, values = parts[1], parts[2], parts[7]
     row_bytes, copied_stride = value_dim * scratch.itemsize, columns * scratch.itemsize + ALIGNMENT
     last_row = row_start + queries.shape[0] - 1
 
-    _pack(queries, scale, packed)
-    _clear(span_acc, span_m, span_l)
+    _pack(queries, scale, parts[0])
     span_keys = 0
     for piece in range(pieces.shape[0]):
         key_at, key_stride, value_at, value_stride, tokens, key_start = pieces[piece]
@@ -130,12 +167,12 @@ def attend_group(queries, row_start, pieces, diagonal, scale, acc, m, normalizer
         for start in range(0, tokens, BLOCK_KEYS):
             count = min(BLOCK_KEYS, tokens - start)
             if span_keys + count > SPAN_KEYS:
-                _merge_span(acc, m, normalizer, span_acc, span_m, span_l)
-                _clear(span_acc, span_m, span_l)
+                _merge_span(total, span)
                 span_keys = 0
             span_keys += count
             values_at = value_at + start * value_stride
             block_copy(scratch, values_at, value_stride, count, row_bytes, values.ctypes.data, copied_stride)
             first_row = row_start + diagonal + 1 - key_start - start
             _attend_block(parts, first_row, key_at + start * key_stride, key_stride, value_dim, copied_stride, count)
-    _merge_span(acc, m, normalizer, span_acc, span_m, span_l)
+    _merge_span(total, span)
+    _merge_total(acc, m, normalizer, total)

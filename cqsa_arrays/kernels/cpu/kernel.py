@@ -25,35 +25,33 @@ from .tiles import group_panels
 logger = logging.getLogger("cqsa_arrays")
 # A kernel loads from the cache on disk well within this; only a compilation takes longer.
 _PATIENCE_S = 0.7
-_LOADING = threading.Lock()
 
 
-def load(dtype: str) -> None:
-    """Compile ``attend_group`` for "float32" or "float64" or load it from Numba's cache on disk."""
-    note = threading.Timer(
-        _PATIENCE_S,
-        logger.info,
-        ["compiling the %s kernel for this processor (once; later runs load it from disk)", dtype],
-    )
+def load(dtype: str) -> Callable[..., None]:
+    """``attend_group`` for "float32" or "float64", compiled or loaded from Numba's cache on disk.
+
+    The compiled function itself, past Numba's dispatcher: that would compile anew for every combination of strides.
+    """
+    text = "compiling the %s kernel for this processor (once; later runs load it from disk)"
+    note = threading.Timer(_PATIENCE_S, logger.info, [text, dtype])
     note.daemon = True
     note.start()
     try:
-        with _LOADING:
-            attend_group.disable_compile(False)
-            attend_group.compile(signature(dtype))
-            # Other strides convert to this signature; left alone, Numba would compile each combination anew.
-            attend_group.disable_compile()
+        attend_group.compile(signature(dtype))
     finally:
         note.cancel()
+    compiled: Callable[..., None] = attend_group.overloads[signature(dtype).args].entry_point  # type: ignore[attr-defined]
+    return compiled
 
 
 class CpuKernel:
     """``Kernel`` on NumPy arrays with ``threads`` threads; queries come in blocks of at most ``rows`` rows."""
 
     def __init__(self, dtype: str, *, rows: int, head_dim: int, value_dim: int, threads: int) -> None:
-        load(dtype)
+        self._attend_group = load(dtype)
         self._tile = host_tile(dtype)
         self._shape = (head_dim, value_dim)
+        self._most_rows = rows
         size_bytes = self._tile.scratch_bytes(rows, head_dim, value_dim)
         self._scratch = deque(allocate(size_bytes // self._tile.itemsize, dtype) for _ in range(threads))
         self._workers = Workers(threads, "kernel")
@@ -70,7 +68,9 @@ class CpuKernel:
         done: Callable[[Range], None],
     ) -> None:
         """See ``Kernel.accumulate``."""
-        batches, heads, rows, _ = queries.shape
+        batches, heads, rows, head_dim = queries.shape
+        if rows > self._most_rows or (head_dim, state.acc.shape[3]) != self._shape:
+            raise ValueError(f"queries {queries.shape} and acc {state.acc.shape} are not what this kernel was made for")
         step = self._tile.rows * group_panels(self._tile, rows, *self._shape)
         # Last rows first: under a causal mask they see most keys, and long items at the end would leave threads idle.
         items = [
@@ -82,7 +82,7 @@ class CpuKernel:
             part = slice(start, start + step)
             scratch = self._scratch.popleft()
             try:
-                attend_group(
+                self._attend_group(
                     queries[b, h, part], query_start + start, _pieces(blocks, b, h), diagonal, scale,
                     state.acc[b, h, part], state.m[b, h, part], state.l[b, h, part], scratch,
                 )  # fmt: skip

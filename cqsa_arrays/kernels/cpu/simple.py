@@ -29,7 +29,9 @@ def accumulate_simply(
             weights = np.exp(scores - np.where(m == -np.inf, 0, m)[..., None])
             acc = np.stack(
                 [
-                    (weights[..., row, :, None] * np.where(seen[row][:, None], block.values, 0)).sum(-2)
+                    (weights[..., row, :, None] * np.where(seen[row][:, None], block.values, 0)).sum(
+                        -2, dtype=np.float64
+                    )
                     for row in range(len(rows))
                 ],
                 axis=-2,

@@ -9,8 +9,10 @@ import numpy as np
 # Keys whose scores are held at once: a multiple of every ``keys`` below; 96 keys or values of head dimension 64 stay in
 # a 48 KiB first-level cache beside one panel of queries.
 BLOCK_KEYS = 96
-# Keys accumulated from zero before one merge into the running state: bounds the rounding error at any sequence length.
+# Keys accumulated from zero before one merge into the totals, which are float64: bounds the error at any length.
 SPAN_KEYS = 32768
+# Elements of a dot product that are summed in one go: longer sums lose digits with the square root of their length.
+SEGMENT_DIM = 256
 # Query panels that share one pass over a key block: they stay in the second-level cache while keys stream past.
 GROUP_BYTES = 768 << 10
 GROUP_PANELS = 32
@@ -45,7 +47,8 @@ class Tile:
         columns = self.columns(value_dim)
         panels = group_panels(self, rows, head_dim, value_dim)
         elements = self.rows * (panels * (head_dim + columns + 2) + 3 + BLOCK_KEYS) + BLOCK_KEYS * columns
-        return elements * self.itemsize + (BLOCK_KEYS + 1) * ALIGNMENT
+        totals = 8 * self.rows * panels * (columns + 2)
+        return elements * self.itemsize + totals + (BLOCK_KEYS + 2) * ALIGNMENT
 
 
 # Accumulators + query vectors + one broadcast fill the register file: 32 zmm, 16 ymm, 32 Neon registers.

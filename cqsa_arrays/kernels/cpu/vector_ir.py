@@ -22,7 +22,7 @@ from functools import partial
 import numpy as np
 from llvmlite import ir
 
-from .tiles import Tile
+from .tiles import SEGMENT_DIM, Tile
 
 I64 = ir.IntType(64)
 BYTES = ir.IntType(8).as_pointer()
@@ -185,18 +185,43 @@ def _scores(
     scores: ir.Value,
     maxima: ir.Value,
 ) -> None:
-    """scores(queries, keys, key_stride_bytes, key_count, head_dim, out scores, out maxima)."""
+    """scores(queries, keys, key_stride_bytes, key_count, head_dim, out scores, out maxima).
+
+    Dot products are summed in segments of ``SEGMENT_DIM``, each from zero. With more than one segment the maxima are of
+    partial sums, and ``mask`` must take them again.
+    """
     for v in range(e.tile.vectors):
         e.store(e.constant(-np.inf), maxima, 0, v)
-    with e.loop(count, e.tile.keys) as first:
-        pointers = [e.build.gep(keys, [e.build.mul(_clamped(e, first, count, j), stride)]) for j in range(e.tile.keys)]
-        products = _multiply_tile(e, pointers, I64(e.tile.itemsize), queries, head_dim)
-        for v in range(e.tile.vectors):
-            best = e.load(maxima, 0, v)
-            for j in range(e.tile.keys):
-                best = e.maximum(products[j][v], best)
-                e.store(products[j][v], scores, e.build.add(first, I64(j)), v)
-            e.store(best, maxima, 0, v)
+    with e.loop(count, e.tile.keys) as first, e.loop(head_dim, SEGMENT_DIM) as begin:
+        rows = [e.build.gep(keys, [e.build.mul(_clamped(e, first, count, j), stride)]) for j in range(e.tile.keys)]
+        pointers = [e.address(row, begin) for row in rows]
+        panel = e.address(queries, e.build.mul(begin, I64(e.tile.rows)))
+        left = e.build.sub(head_dim, begin)
+        length = e.build.select(e.build.icmp_signed("<", left, I64(SEGMENT_DIM)), left, I64(SEGMENT_DIM))
+        products = _multiply_tile(e, pointers, I64(e.tile.itemsize), panel, length)
+        with e.build.if_else(e.build.icmp_signed("==", begin, I64(0))) as (at_first, later):
+            with at_first:
+                _store_scores(e, products, first, scores, maxima)
+            with later:
+                sums = [
+                    [
+                        e.build.fadd(e.load(scores, e.build.add(first, I64(j)), v), product)
+                        for v, product in enumerate(row)
+                    ]
+                    for j, row in enumerate(products)
+                ]
+                _store_scores(e, sums, first, scores, maxima)
+
+
+def _store_scores(
+    e: Emitter, values: list[list[ir.Value]], first: ir.Value, scores: ir.Value, maxima: ir.Value
+) -> None:
+    for v in range(e.tile.vectors):
+        best = e.load(maxima, 0, v)
+        for j, row in enumerate(values):
+            best = e.maximum(row[v], best)
+            e.store(row[v], scores, e.build.add(first, I64(j)), v)
+        e.store(best, maxima, 0, v)
 
 
 def _visible(e: Emitter, limits: ir.Value) -> Callable:
@@ -259,15 +284,17 @@ def _values(
 ) -> None:
     """values(weights, values, value_stride_bytes, key_count, value_dim, alpha, limits, in/out accumulator).
 
-    The masked variant never multiplies an invisible value: 0 * NaN would let it reach a row that cannot see it.
+    The masked variant never multiplies an invisible value: 0 * NaN would let it reach a row that cannot see it. Its
+    tile is half as wide, for the masked scalars need registers too.
     """
     visible = _visible(e, limits) if masked else None
-    with e.loop(value_dim, e.tile.keys) as first:
-        pointers = [e.address(values, _clamped(e, first, value_dim, j)) for j in range(e.tile.keys)]
+    width = e.tile.keys // 2 if masked else e.tile.keys
+    with e.loop(value_dim, width) as first:
+        pointers = [e.address(values, _clamped(e, first, value_dim, j)) for j in range(width)]
         products = _multiply_tile(e, pointers, stride, weights, count, visible)
         for v in range(e.tile.vectors):
             factor = e.load(alpha, 0, v)
-            for j in range(e.tile.keys):
+            for j in range(width):
                 column = e.build.add(first, I64(j))
                 e.store(e.fma(e.load(accumulator, column, v), factor, products[j][v]), accumulator, column, v)
 
