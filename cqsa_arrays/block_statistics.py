@@ -107,10 +107,13 @@ class BlockStatistics:
         """``merge(self, other)``."""
         return merge(self, other)
 
-    def output(self, dtype: Any = None) -> Array:
-        """``acc / l``, new, (..., rows, Dv), of ``dtype`` (the state's by default); 0 for rows that saw no key."""
+    def output(self, dtype: Any = None, out: Array | None = None) -> Array:
+        """``acc / l``, (..., rows, Dv), of ``dtype`` (the state's by default); 0 for rows that saw no key.
+
+        A new array, or ``out`` of the state's dtype, which may be ``acc`` itself: the state is then used up.
+        """
         with np.errstate(all="ignore"):  # 0 / 0 of rows that saw no key, NaN rows, overflow of a narrow dtype
-            out = self.acc / self.l[..., None]
+            out = array_namespace(self.acc).divide(self.acc, self.l[..., None], out=out)
             out[self.saw_no_key] = 0
             return out if dtype is None else out.astype(dtype, copy=False)
 

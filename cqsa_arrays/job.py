@@ -127,10 +127,11 @@ def attend(job: Job) -> tuple[Any, RunReport]:
             report = _run(job, _output_results(job, file, None))
             file.finish()
         return dataset(f"{os.fspath(request.out)}:/out", argument="out"), report
-    array = request.out if problem.result.place == "array" else np.empty(layout.physical_shape(shape), dtype)
-    home = layout.logical(array) if problem.result.holds_states else None
+    given = problem.result.place == "array"
+    array = request.out if given else np.empty(layout.physical_shape(shape), dtype)
+    home = layout.logical(array) if job.plan.states_in_result else None
     report = _run(job, _output_results(job, ArraySink(array, None, layout), home))
-    return (array if problem.result.place == "array" else _like(array, request.q)), report
+    return (array if given else _like(array, request.q)), report
 
 
 def collect_statistics(job: Job) -> BlockStatistics:

@@ -4,4 +4,6 @@ from .executor import Inputs, RunReport, run
 from .progress import Progress, ProgressBar, Silent
 from .results import OutputResults, StatisticsResults
 
-__all__ = ["Inputs", "OutputResults", "Progress", "ProgressBar", "RunReport", "Silent", "StatisticsResults", "run"]
+__all__ = [
+    "Inputs", "OutputResults", "Progress", "ProgressBar", "RunReport", "Silent", "StatisticsResults", "run",
+]  # fmt: skip

@@ -45,7 +45,10 @@ class OutputResults:
             part = (slice(b, b + 1), slice(h, h + 1), piece.slice)
             finished = BlockStatistics(state.acc[part], state.m[part], state.l[part])
             tokens = Range(rows.start + piece.start, rows.start + piece.stop)
-            self._sink.write_out(batch, head, tokens, finished.output())
+            if self.home is None:
+                self._sink.write_out(batch, head, tokens, finished.output())
+            else:  # the state lies where the output belongs
+                finished.output(out=finished.acc)
             self._sink.write_lse(batch, head, tokens, finished.lse())
 
         self._workers.run(product(batches, heads, pieces), write)
@@ -59,11 +62,12 @@ class StatisticsResults:
 
     def __init__(self, shape: tuple[int, int, int], value_dim: int, dtype: str) -> None:
         self.statistics = BlockStatistics.empty(shape, value_dim, np.dtype(dtype))
-        self.home = self.statistics.acc
+        self.home: np.ndarray | None = self.statistics.acc
 
     def take(self, group: Group, rows: Range, state: BlockStatistics) -> None:
         part = (group.batch.slice, group.heads.slice, rows.slice)
         self.statistics.acc[part], self.statistics.m[part], self.statistics.l[part] = state.acc, state.m, state.l
+        self.statistics.acc[part][state.saw_no_key] = 0
 
     def close(self) -> None:
         """Nothing to do: ``statistics`` is the result."""

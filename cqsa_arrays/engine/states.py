@@ -53,7 +53,8 @@ class _Block:
 
 
 def _clear(state: BlockStatistics) -> None:
-    state.acc[...], state.m[...], state.l[...] = 0, -np.inf, 0
+    """No row has seen a key; ``acc`` is left as it is, for kernels do not read it then."""
+    state.m[...], state.l[...] = -np.inf, 0
 
 
 class ResidentStates:
@@ -67,14 +68,10 @@ class ResidentStates:
         self._state: BlockStatistics | None = None
 
     def begin(self, group: Group) -> None:
-        untouched = self._state is None and self._home is None
         state, _ = self._block.view(group, self._rows)
         if self._home is not None:
             state = BlockStatistics(self._home[group.batch.slice, group.heads.slice], state.m, state.l)
-        if untouched:  # its pages are zero and not there yet: let the kernel's threads touch them
-            state.m[...] = -np.inf
-        else:
-            _clear(state)
+        _clear(state)
         self._state = state
 
     def load(self, rows: Range) -> BlockStatistics:
@@ -198,4 +195,4 @@ def open_states(plan: Plan, home: np.ndarray | None) -> StateStore:
         return FileStates(plan.build_cover().queries, heads, dim, dtype, plan.budget.scratch)
     if chosen.cover == "rectangular":
         return TileStates(chosen.residency.query_chunk, heads, dim, dtype)
-    return ResidentStates(problem.query_tokens, heads, dim, dtype, home)
+    return ResidentStates(problem.query_tokens, heads, dim, dtype, home if plan.states_in_result else None)

@@ -36,8 +36,9 @@ class Kernel(Protocol):
         """Update ``state`` (acc (batch, heads, rows, Dv), m and l (batch, heads, rows)) in place.
 
         ``queries`` (batch, heads, rows, D) start at token ``query_start``; row r sees the keys ``j <= r + diagonal`` of
-        the blocks; scores are ``scale * q . k``. All arrays have the state's dtype and a contiguous last axis. ``done``
-        is told of each part of the rows that one head has finished, from any thread.
+        the blocks; scores are ``scale * q . k``. All arrays have the state's dtype and a contiguous last axis. What
+        ``acc`` holds for a row that saw no key yet does not matter. ``done`` is told of each part of the rows that one
+        head has finished, from any thread.
         """
 
     def close(self) -> None:

@@ -169,6 +169,9 @@ def _key_blocks(problem: Problem, budget_bytes: int) -> list[int]:
 
 def _first_fitting(parts: Sequence[int], build: Callable[[int], Candidate], budget_bytes: int) -> Candidate | None:
     """The candidate of the first number of parts that fits; more parts need no more memory. None if none fits."""
+    fewest = build(parts[0])
+    if fewest.memory_bytes <= budget_bytes:
+        return fewest
     if build(parts[-1]).memory_bytes > budget_bytes:
         return None
     low, high = 0, len(parts) - 1

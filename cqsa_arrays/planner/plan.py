@@ -53,6 +53,11 @@ class Plan:
         return self.chosen.memory_bytes
 
     @property
+    def states_in_result(self) -> bool:
+        """Whether unfinished rows are accumulated in the result's own memory."""
+        return self.problem.result.holds_states and self.cover_name == "cqs" and not self.chosen.states_on_disk
+
+    @property
     def groups(self) -> tuple[Group, ...]:
         """The groups of heads, in the order in which they run."""
         batches = Range(0, self.problem.batch).split(self.chosen.batches)

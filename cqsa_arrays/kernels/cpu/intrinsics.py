@@ -71,6 +71,11 @@ def block_scores(typing_context, scratch, queries, keys, stride, count, head_dim
 
 
 @intrinsic
+def block_more_scores(typing_context, scratch, queries, keys, stride, count, head_dim, scores):
+    return _call("more_scores", scratch, 6)
+
+
+@intrinsic
 def block_mask(typing_context, scratch, scores, count, limits, maxima):
     return _call("mask", scratch, 4)
 

@@ -40,7 +40,7 @@ def load(dtype: str) -> Callable[..., None]:
         attend_group.compile(signature(dtype))
     finally:
         note.cancel()
-    compiled: Callable[..., None] = attend_group.overloads[signature(dtype).args].entry_point  # type: ignore[attr-defined]
+    compiled: Callable[..., None] = attend_group.overloads[signature(dtype).args].entry_point
     return compiled
 
 

@@ -83,7 +83,7 @@ def group_panels(tile: Tile, rows: int, head_dim: int, value_dim: int) -> int:
     """Panels per work item; depends on the problem alone, so that results do not depend on the number of threads."""
     panel_bytes = tile.rows * (head_dim + tile.columns(value_dim)) * tile.itemsize
     panels = -(-rows // tile.rows)
-    return max(1, min(GROUP_PANELS, GROUP_BYTES // panel_bytes, -(-panels // 8)))
+    return max(1, min(GROUP_PANELS, GROUP_BYTES // panel_bytes, -(-panels // 12)))
 
 
 def largest_scratch_bytes(dtype: str, rows: int, head_dim: int, value_dim: int) -> int:

@@ -22,7 +22,7 @@ from functools import partial
 import numpy as np
 from llvmlite import ir
 
-from .tiles import SEGMENT_DIM, Tile
+from .tiles import Tile
 
 I64 = ir.IntType(64)
 BYTES = ir.IntType(8).as_pointer()
@@ -185,43 +185,40 @@ def _scores(
     scores: ir.Value,
     maxima: ir.Value,
 ) -> None:
-    """scores(queries, keys, key_stride_bytes, key_count, head_dim, out scores, out maxima).
-
-    Dot products are summed in segments of ``SEGMENT_DIM``, each from zero. With more than one segment the maxima are of
-    partial sums, and ``mask`` must take them again.
-    """
+    """scores(queries, keys, key_stride_bytes, key_count, head_dim, out scores, out maxima)."""
     for v in range(e.tile.vectors):
         e.store(e.constant(-np.inf), maxima, 0, v)
-    with e.loop(count, e.tile.keys) as first, e.loop(head_dim, SEGMENT_DIM) as begin:
-        rows = [e.build.gep(keys, [e.build.mul(_clamped(e, first, count, j), stride)]) for j in range(e.tile.keys)]
-        pointers = [e.address(row, begin) for row in rows]
-        panel = e.address(queries, e.build.mul(begin, I64(e.tile.rows)))
-        left = e.build.sub(head_dim, begin)
-        length = e.build.select(e.build.icmp_signed("<", left, I64(SEGMENT_DIM)), left, I64(SEGMENT_DIM))
-        products = _multiply_tile(e, pointers, I64(e.tile.itemsize), panel, length)
-        with e.build.if_else(e.build.icmp_signed("==", begin, I64(0))) as (at_first, later):
-            with at_first:
-                _store_scores(e, products, first, scores, maxima)
-            with later:
-                sums = [
-                    [
-                        e.build.fadd(e.load(scores, e.build.add(first, I64(j)), v), product)
-                        for v, product in enumerate(row)
-                    ]
-                    for j, row in enumerate(products)
-                ]
-                _store_scores(e, sums, first, scores, maxima)
+    with e.loop(count, e.tile.keys) as first:
+        pointers = [e.build.gep(keys, [e.build.mul(_clamped(e, first, count, j), stride)]) for j in range(e.tile.keys)]
+        products = _multiply_tile(e, pointers, I64(e.tile.itemsize), queries, head_dim)
+        for v in range(e.tile.vectors):
+            best = e.load(maxima, 0, v)
+            for j in range(e.tile.keys):
+                best = e.maximum(products[j][v], best)
+                e.store(products[j][v], scores, e.build.add(first, I64(j)), v)
+            e.store(best, maxima, 0, v)
 
 
-def _store_scores(
-    e: Emitter, values: list[list[ir.Value]], first: ir.Value, scores: ir.Value, maxima: ir.Value
+def _more_scores(
+    e: Emitter,
+    queries: ir.Value,
+    keys: ir.Value,
+    stride: ir.Value,
+    count: ir.Value,
+    head_dim: ir.Value,
+    scores: ir.Value,
 ) -> None:
-    for v in range(e.tile.vectors):
-        best = e.load(maxima, 0, v)
-        for j, row in enumerate(values):
-            best = e.maximum(row[v], best)
-            e.store(row[v], scores, e.build.add(first, I64(j)), v)
-        e.store(best, maxima, 0, v)
+    """more_scores(queries, keys, key_stride_bytes, key_count, head_dim, in/out scores): add a part of the dot products.
+
+    ``mask`` takes the maxima when the last part is added.
+    """
+    with e.loop(count, e.tile.keys) as first:
+        pointers = [e.build.gep(keys, [e.build.mul(_clamped(e, first, count, j), stride)]) for j in range(e.tile.keys)]
+        products = _multiply_tile(e, pointers, I64(e.tile.itemsize), queries, head_dim)
+        for j, row in enumerate(products):
+            for v, product in enumerate(row):
+                place = e.build.add(first, I64(j))
+                e.store(e.build.fadd(e.load(scores, place, v), product), scores, place, v)
 
 
 def _visible(e: Emitter, limits: ir.Value) -> Callable:
@@ -312,6 +309,7 @@ def _copy(
 # Argument kinds: p a byte pointer, i a 64-bit integer.
 _BODIES: dict[str, tuple[str, Callable[..., None]]] = {
     "scores": ("ppiiipp", _scores),
+    "more_scores": ("ppiiip", _more_scores),
     "mask": ("pipp", _mask),
     "weights": ("pipppp", _weights),
     "values": ("ppiiippp", partial(_values, masked=False)),
