@@ -56,13 +56,13 @@ def attention(
 
     ``scale`` is 1 / sqrt(D) by default. ``causal=True`` lets query i see the keys j <= i, and
     ``mask=cqsa.causal(offset=...)`` moves that diagonal. ``memory`` (bytes, or text such as "512MiB"; by default half
-    of the machine's) bounds what the call adds to the resident memory of the process. ``dtype`` is the result's element
-    type, by default q's.
+    of the machine's) bounds what the call adds to the resident memory of the process, besides the libraries and kernels
+    that the first call loads and an ``out`` array of yours. ``dtype`` is the result's element type, by default q's.
 
     Returns (batch, heads, Nq, Dv) in q's layout: an array of q's kind, or ``out`` itself where that is a NumPy array,
     or the data set /out of a new HDF5 file where ``out`` is a path (/lse beside it is the natural log-sum-exp). A row
     that sees no key is 0 with log-sum-exp -inf; a NaN reaches exactly the rows that see it; a +inf score makes its row
-    NaN.
+    NaN. Weights below 2^-100 of a row's largest (2^-960 in float64) count as 0.
 
     Raises ArgumentError for arguments that cannot be used, BudgetError where ``memory`` is too small for the smallest
     piece of the work, StorageError for files that cannot be read or written; an output file is then not left behind.

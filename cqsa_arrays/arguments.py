@@ -208,7 +208,7 @@ def result_shape(inputs: Inputs) -> tuple[int, int, int, int]:
     return batch, heads, tokens, inputs.v.shape[3]
 
 
-def check_out_array(out: np.ndarray, shape: tuple[int, ...], layout: Layout, inputs: tuple[object, ...]) -> None:
+def check_out_array(out: np.ndarray, shape: tuple[int, ...], layout: Layout, inputs: Inputs) -> None:
     """``out`` must be a writable NumPy float array of ``shape`` that shares no memory with the ``inputs``."""
     if out.shape != shape:
         raise ArgumentError("out", f"shape {out.shape}", f"{shape}, layout {layout}", "Pass an array of that shape.")
@@ -216,7 +216,11 @@ def check_out_array(out: np.ndarray, shape: tuple[int, ...], layout: Layout, inp
         raise ArgumentError("out", f"dtype {out.dtype}", f"one of {', '.join(FLOATS)}", "Pass a float array.")
     if not out.flags.writeable:
         raise ArgumentError("out", "a read-only array", "a writable one", "Pass an array that may be changed.")
-    if any(isinstance(array, np.ndarray) and np.shares_memory(out, array) for array in inputs):
+    if any(length > 1 and stride == 0 for length, stride in zip(out.shape, out.strides, strict=True)):
+        raise ArgumentError("out", "an array whose elements overlap", "one place for each", "Pass np.empty(...).")
+    if isinstance(out, np.memmap):
+        raise ArgumentError("out", "a memory map", "an array in memory or a path", "Pass the path of a new HDF5 file.")
+    if any(source.overlaps(out) for source in (inputs.q, inputs.k, inputs.v)):
         raise ArgumentError("out", "memory of an input", "an array of its own", "Inputs are never overwritten.")
 
 

@@ -11,6 +11,7 @@ import json
 import math
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
+from numbers import Real
 from typing import Any
 
 import numpy as np
@@ -38,7 +39,7 @@ class Tolerance:
 
     def __post_init__(self) -> None:
         for bound in (self.frobenius, self.lse):
-            if not bound >= 0:
+            if not isinstance(bound, Real) or not bound >= 0:
                 raise ArgumentError("tolerance", bound, "a number from 0 on", "Leave it out for that of the dtype.")
 
     @property

@@ -18,7 +18,7 @@ from .errors import ArgumentError, BudgetError
 from .masks import Mask
 from .options import Options
 from .planner import Budget, Plan, Problem, Result, choose, mask_to_dict, output_piece_rows
-from .storage import ArraySink, OutputFile, Sink, TokenSource, dataset, output_staging_bytes
+from .storage import ArraySink, OutputFile, Sink, TokenSource, dataset_in, output_staging_bytes
 from .units import format_bytes
 from .version import __version__
 
@@ -95,7 +95,7 @@ def _result(inputs: Inputs, request: Request) -> Result:
     """Where the output goes and of what type it is."""
     shape, layout, out = arguments.result_shape(inputs), inputs.q.layout, request.out
     if isinstance(out, np.ndarray):
-        arguments.check_out_array(out, layout.physical_shape(shape), layout, (request.q, request.k, request.v))
+        arguments.check_out_array(out, layout.physical_shape(shape), layout, inputs)
         if request.dtype is not None and arguments.resolve_dtype(request.dtype, out.dtype) != out.dtype:
             raise ArgumentError("dtype", repr(request.dtype), f"{out.dtype}, as out has", "Leave dtype out.")
         home = out.dtype.name == arguments.compute_dtype(inputs.q.dtype) and out.flags.aligned
@@ -126,10 +126,10 @@ def attend(job: Job) -> tuple[Any, RunReport]:
         ) as file:  # fmt: skip
             report = _run(job, _output_results(job, file, None))
             file.finish()
-        return dataset(f"{os.fspath(request.out)}:/out", argument="out"), report
+        return dataset_in(os.fspath(request.out), "/out", argument="out"), report
     given = problem.result.place == "array"
     array = request.out if given else np.empty(layout.physical_shape(shape), dtype)
-    home = layout.logical(array) if job.plan.states_in_result else None
+    home = layout.logical(array) if problem.result.holds_states else None
     report = _run(job, _output_results(job, ArraySink(array, None, layout), home))
     return (array if given else _like(array, request.q)), report
 
@@ -144,7 +144,9 @@ def collect_statistics(job: Job) -> BlockStatistics:
 
 
 def _output_results(job: Job, sink: Sink, home: np.ndarray | None) -> OutputResults:
-    return OutputResults(sink, output_piece_rows(job.plan.problem), job.plan.chosen.residency.threads, home)
+    return OutputResults(
+        sink, output_piece_rows(job.plan.problem, job.plan.chosen.heads), job.plan.chosen.residency.threads, home
+    )
 
 
 def _run(job: Job, results: OutputResults | StatisticsResults) -> RunReport:

@@ -15,7 +15,7 @@ from .errors import ArgumentError, StorageError
 from .planner import mask_from_dict
 from .ranges import Range
 from .reference import reference_rows, sample_rows
-from .storage import DiskArray, TokenSource, dataset, describe
+from .storage import DiskArray, TokenSource, dataset_in, describe
 
 
 def verify(
@@ -45,7 +45,7 @@ def verify(
         ) from error
     with ExitStack() as stack:
         q, k, v = (stack.enter_context(closing(_input(inputs[name], name, path))) for name in "qkv")
-        out, lse = (dataset(f"{path}:/{name}", argument="path") for name in ("out", "lse"))
+        out, lse = (dataset_in(path, f"/{name}", argument="path") for name in ("out", "lse"))
         tokens = q.shape[2]
         sampled = np.arange(tokens) if rows is None else sample_rows(tokens, rows, seed)
         reference = reference_rows(q, k, v, sampled, mask=mask, scale=scale)
@@ -65,7 +65,8 @@ def _input(stored: dict[str, object], name: str, output: str) -> TokenSource:
         raise ArgumentError(
             "path", f"{name} was an array in memory", "inputs in files", "Compare with compare instead."
         )
-    array: DiskArray = dataset(f"{stored['path']}:{stored['dataset']}", layout=str(stored["layout"]), argument=name)
+    where = str(stored["path"]), str(stored["dataset"])
+    array = dataset_in(*where, layout=str(stored["layout"]), argument=name)
     source = array.source()
     changed = [key for key in ("size", "mtime_ns", "shape", "dtype") if source.identity.get(key) != stored.get(key)]
     if changed:

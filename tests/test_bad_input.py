@@ -35,6 +35,10 @@ def same(array: np.ndarray) -> dict[str, np.ndarray]:
     return dict.fromkeys("qkv", array)
 
 
+def overlapping(array):
+    return np.lib.stride_tricks.as_strided(array[:1].copy(), array.shape, (0, *array.strides[1:]), writeable=True)
+
+
 def changed(array: np.ndarray, **flags: bool) -> np.ndarray:
     array = array.copy()
     array.setflags(**flags)
@@ -137,6 +141,8 @@ CASES = [
     Case("out of another shape", {"out": shaped(2, 300, 9)}, r"out: found shape \(2, 300, 9\); expected \(2, 300, 8\)"),
     Case("out of integers", {"out": shaped(2, 300, 8, dtype="i4")}, "out: found dtype int32; expected one of float16"),
     Case("out of another byte order", {"out": shaped(2, 300, 8, dtype=">f4")}, "out: found dtype >f4; expected one"),
+    Case("out a map", {"out": np.memmap("/dev/zero", "f4", "c", shape=X.shape)}, "out: found a memory map; expected"),
+    Case("out overlaps itself", {"out": overlapping(X)}, "out: found an array whose elements overlap; expected"),
     Case("out read-only", {"out": changed(X, write=False)}, "out: found a read-only array; expected a writable one"),
     Case("out a list", {"out": [0.0]}, "out: found type list; expected a NumPy array, a path or None"),
     Case("out without a name", {"out": ""}, "out: found ''; expected a NumPy array, a path or None"),

@@ -161,12 +161,13 @@ def test_what_is_not_finite_on_both_sides_agrees_and_is_reported(value, nans, in
     assert compare(np.full(3, NAN), np.full(3, NAN)).nans == 3
 
 
-def test_norms_beyond_float64_and_nan_tolerances_never_pass():
+def test_norms_beyond_float64_never_pass_and_nan_is_no_tolerance():
     huge = np.full((2, 4), 1.7e308)
     assert np.isnan(compare(huge / 2, huge).frobenius)
     assert not compare(huge / 2, huge).passed
     assert not compare(-huge, huge).passed
-    assert not compare(huge, huge, tolerance=NAN).passed
+    with pytest.raises(ArgumentError, match="tolerance"):
+        compare(huge, huge, tolerance=NAN)
 
 
 @pytest.mark.parametrize(

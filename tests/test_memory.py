@@ -57,7 +57,7 @@ JOBS = [
     job("float32, many keys at once", "512", "cqs", tokens=1_000, key_tokens=260_000, head_dim=128),
     job("float32, nd layout", "1/3", tokens=24_000, head_dim=96, layout="nd"),
     job("float16 bnhd", "24", tokens=12_000, heads=6, dtype="float16", layout="bnhd"),
-    job("float16 bnhd, a sixth", "1/6", tokens=4_000, heads=32, dtype="float16", layout="bnhd"),
+    job("float16 bnhd, a fifth", "1/5", tokens=4_000, heads=32, dtype="float16", layout="bnhd"),
     job("bfloat16", "12", tokens=16_000, heads=4, dtype="bfloat16"),
     job("bfloat16 nhd, cqs", "40", "cqs", tokens=12_000, heads=4, dtype="bfloat16", layout="nhd"),
     job("float64, D 128", "1/4", tokens=8_000, heads=4, head_dim=128, dtype="float64"),

@@ -23,7 +23,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run ``cqsa`` with ``argv`` (default: the process's arguments); returns the exit code."""
     arguments = build_parser().parse_args(argv)
     _log_to_stderr()
-    signal.signal(signal.SIGTERM, _terminate)
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, _terminate)
     try:
         from . import commands
 
@@ -44,7 +45,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _terminate(number: int, frame: FrameType | None) -> None:
-    """SIGTERM unwinds like an exit, so that unfinished files are removed."""
+    """SIGTERM and a lost terminal unwind like an exit, so that unfinished files are removed."""
     raise SystemExit(TERMINATED)
 
 

@@ -84,7 +84,8 @@ def run(plan: Plan, inputs: Inputs, results: Results, progress: Progress) -> Run
     start, before = time.perf_counter(), _bytes_read(inputs)
     cover = plan.build_cover()
     with ExitStack() as stack:
-        resident = _allocate(plan, inputs, results.home, stack)
+        in_place = plan.states_in_result and results.home is not None
+        resident = _allocate(plan, inputs, results.home if in_place else None, stack)
         ahead = stack.enter_context(closing(ReadAhead(resident)))
         current = None
         for work, upcoming in pairwise(chain(schedule(plan.groups, cover), (None,))):
@@ -97,7 +98,7 @@ def run(plan: Plan, inputs: Inputs, results: Results, progress: Progress) -> Run
                 _attend(plan, resident, work.step, queries, blocks, progress)
             if work.ends_task is not None:
                 for rows in cover.finished_by(work.ends_task):
-                    results.take(work.group, rows, resident.states.load(rows))
+                    results.take(work.group, rows, resident.states.load(rows), in_place=in_place)
         moved = resident.states.moved_bytes
     return RunReport(time.perf_counter() - start, plan.problem.flops, _bytes_read(inputs) - before, moved)
 

@@ -22,36 +22,35 @@ class Results(Protocol):
 
     home: np.ndarray | None
 
-    def take(self, group: Group, rows: Range, state: BlockStatistics) -> None:
-        """Keep what is wanted of ``state``, (batch, heads, rows)."""
+    def take(self, group: Group, rows: Range, state: BlockStatistics, *, in_place: bool) -> None:
+        """Keep what is wanted of ``state``, (batch, heads, rows); ``in_place``: its ``acc`` lies in ``home``."""
 
     def close(self) -> None:
         """Release threads."""
 
 
 class OutputResults:
-    """Writes ``acc / l`` and the log-sum-exp, in pieces of at most ``piece_rows`` rows of one head, by ``threads``."""
+    """Writes ``acc / l`` and the log-sum-exp, in pieces of at most ``piece_rows`` rows of all heads, by ``threads``."""
 
     def __init__(self, sink: Sink, piece_rows: int, threads: int, home: np.ndarray | None) -> None:
         self._sink, self._piece_rows, self.home = sink, piece_rows, home
         self._workers = Workers(threads, "output")
 
-    def take(self, group: Group, rows: Range, state: BlockStatistics) -> None:
-        batches, heads = enumerate(group.batch.split(1)), list(enumerate(group.heads.split(1)))
-        pieces = Range(0, len(rows)).split(self._piece_rows)
+    def take(self, group: Group, rows: Range, state: BlockStatistics, *, in_place: bool) -> None:
+        batches, pieces = enumerate(group.batch.split(1)), Range(0, len(rows)).split(self._piece_rows)
 
-        def write(item: tuple[tuple[int, Range], tuple[int, Range], Range]) -> None:
-            (b, batch), (h, head), piece = item
-            part = (slice(b, b + 1), slice(h, h + 1), piece.slice)
+        def write(item: tuple[tuple[int, Range], Range]) -> None:
+            (b, batch), piece = item
+            part = (slice(b, b + 1), slice(None), piece.slice)
             finished = BlockStatistics(state.acc[part], state.m[part], state.l[part])
             tokens = Range(rows.start + piece.start, rows.start + piece.stop)
-            if self.home is None:
-                self._sink.write_out(batch, head, tokens, finished.output())
-            else:  # the state lies where the output belongs
+            if in_place:
                 finished.output(out=finished.acc)
-            self._sink.write_lse(batch, head, tokens, finished.lse())
+            else:
+                self._sink.write_out(batch, group.heads, tokens, finished.output())
+            self._sink.write_lse(batch, group.heads, tokens, finished.lse())
 
-        self._workers.run(product(batches, heads, pieces), write)
+        self._workers.run(product(batches, pieces), write)
 
     def close(self) -> None:
         self._workers.close()
@@ -64,7 +63,7 @@ class StatisticsResults:
         self.statistics = BlockStatistics.empty(shape, value_dim, np.dtype(dtype))
         self.home: np.ndarray | None = self.statistics.acc
 
-    def take(self, group: Group, rows: Range, state: BlockStatistics) -> None:
+    def take(self, group: Group, rows: Range, state: BlockStatistics, *, in_place: bool) -> None:
         part = (group.batch.slice, group.heads.slice, rows.slice)
         self.statistics.acc[part], self.statistics.m[part], self.statistics.l[part] = state.acc, state.m, state.l
         self.statistics.acc[part][state.saw_no_key] = 0

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import tempfile
 from collections.abc import Callable
+from contextlib import ExitStack
 from typing import Protocol
 
 import numpy as np
@@ -130,14 +132,13 @@ class FileStates:
     @staticmethod
     def _reserved(directory: str, size_bytes: int) -> int:
         """Descriptor of a file without a name, its space reserved: a full disk is met here and not in the middle."""
-        descriptor = None
         try:
-            descriptor, path = tempfile.mkstemp(dir=directory, prefix="cqsa-states-")
-            os.unlink(path)
-            reserve(descriptor, 0, size_bytes)
+            with ExitStack() as undo:
+                descriptor = _unnamed_file(directory)
+                undo.callback(os.close, descriptor)
+                reserve(descriptor, 0, size_bytes)
+                undo.pop_all()
         except OSError as error:
-            if descriptor is not None:
-                os.close(descriptor)
             raise StorageError(
                 f"scratch: cannot reserve {format_bytes(size_bytes)} for states in {directory}: {error.strerror}."
                 " Name a directory with that much room, or raise memory so that states stay there."
@@ -187,6 +188,19 @@ class FileStates:
         self.moved_bytes += done
 
 
+def _unnamed_file(directory: str) -> int:
+    """Descriptor of a new file that has no name, or has one for a moment where the file system cannot do without."""
+    if hasattr(os, "O_TMPFILE"):
+        try:
+            return os.open(directory, os.O_TMPFILE | os.O_RDWR, 0o600)
+        except OSError as error:
+            if error.errno not in (errno.EOPNOTSUPP, errno.EISDIR, errno.EINVAL):
+                raise
+    descriptor, path = tempfile.mkstemp(dir=directory, prefix="cqsa-states-")
+    os.unlink(path)
+    return descriptor
+
+
 def open_states(plan: Plan, home: np.ndarray | None) -> StateStore:
     """The store that ``plan`` asks for; ``home`` as in ``ResidentStates``."""
     chosen, problem = plan.chosen, plan.problem
@@ -195,4 +209,4 @@ def open_states(plan: Plan, home: np.ndarray | None) -> StateStore:
         return FileStates(plan.build_cover().queries, heads, dim, dtype, plan.budget.scratch)
     if chosen.cover == "rectangular":
         return TileStates(chosen.residency.query_chunk, heads, dim, dtype)
-    return ResidentStates(problem.query_tokens, heads, dim, dtype, home if plan.states_in_result else None)
+    return ResidentStates(problem.query_tokens, heads, dim, dtype, home)

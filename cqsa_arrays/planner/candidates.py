@@ -15,6 +15,8 @@ from .problem import Problem
 
 # More chunks than this never pay on one machine, and difference sets past it take longer to find than to use.
 MOST_CHUNKS = 1 << 20
+# What finding the difference set and the owners of its pairs takes for each chunk.
+CHUNK_TABLE_BYTES = 32
 # Longest key block of the rectangular cover.
 KEY_BLOCK_TOKENS = 1 << 20
 
@@ -86,7 +88,9 @@ def cqs_candidate(problem: Problem, machine: Machine, group: tuple[int, int], on
     queries, keys = (Cut(n, chunks, TILE_TOKENS) for n in (problem.query_tokens, problem.key_tokens))
     state_rows = queries.longest if on_disk else problem.query_tokens
     row_bytes = state_row_bytes(problem, in_result=problem.result.holds_states and not on_disk)
-    residency = Residency(heads, queries.longest, keys.longest, size, state_rows, row_bytes, machine.threads)
+    residency = Residency(
+        heads, queries.longest, keys.longest, size, state_rows, row_bytes, chunks * CHUNK_TABLE_BYTES, machine.threads
+    )
     groups = problem.batch * problem.heads / heads
     loads = 1.0 if chunks == 1 else float(size)
     moves = loads if on_disk else 0.0
@@ -102,7 +106,7 @@ def rectangular_candidate(
     parts = (query_parts, -(-problem.key_tokens // key_block))
     queries, keys = Cut(problem.query_tokens, parts[0], TILE_TOKENS), Cut(problem.key_tokens, parts[1], TILE_TOKENS)
     row_bytes = state_row_bytes(problem)
-    residency = Residency(heads, queries.longest, keys.longest, 1, queries.longest, row_bytes, machine.threads)
+    residency = Residency(heads, queries.longest, keys.longest, 1, queries.longest, row_bytes, 0, machine.threads)
     groups = problem.batch * problem.heads / heads
     passes = min(query_parts, _key_passes(problem, *parts)) if parts[1] > 1 else 1.0
     work = Work(1.0, passes, 0.0, int(groups * parts[0] * parts[1]), queries.longest)

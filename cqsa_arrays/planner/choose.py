@@ -5,6 +5,7 @@ from __future__ import annotations
 from ..errors import ArgumentError, BudgetError
 from ..units import format_bytes
 from .candidates import (
+    MOST_CHUNKS,
     Candidate,
     Machine,
     chunk_counts,
@@ -31,8 +32,9 @@ def choose(problem: Problem, budget: Budget, machine: Machine, *, cover: str, ch
     """
     if cover not in COVERS:
         raise ArgumentError("cover", repr(cover), f"one of {', '.join(COVERS)}", "'auto' lets the planner choose.")
-    if chunks is not None and chunks < 1:
-        raise ArgumentError("chunks", chunks, "at least 1", "Leave it out to let the planner choose.")
+    if chunks is not None and not 1 <= chunks <= MOST_CHUNKS:
+        remedy = "Leave it out to let the planner choose."
+        raise ArgumentError("chunks", chunks, f"a number from 1 to {MOST_CHUNKS}", remedy)
     if chunks is not None and cover == "rectangular":
         raise ArgumentError("chunks", chunks, "no number of chunks with cover='rectangular'", "Leave one of them out.")
     if chunks is not None:

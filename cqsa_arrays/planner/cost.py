@@ -33,10 +33,6 @@ class Traffic:
     state_written_bytes: int
     output_written_bytes: int
 
-    @property
-    def total_bytes(self) -> int:
-        return self.input_read_bytes + self.state_read_bytes + self.state_written_bytes + self.output_written_bytes
-
 
 @dataclass(frozen=True, slots=True)
 class Work:

@@ -33,6 +33,7 @@ class Residency:
     key_slots: int
     state_rows: int
     state_row_bytes: int
+    cover_bytes: int
     threads: int
 
 
@@ -41,16 +42,17 @@ def state_row_bytes(problem: Problem, *, in_result: bool = False) -> int:
     return (2 if in_result else problem.value_dim + 2) * problem.compute_itemsize
 
 
-def output_piece_rows(problem: Problem) -> int:
-    """Rows of one head that are finalised at once."""
-    return max(1, OUTPUT_PIECE_BYTES // (problem.value_dim * problem.compute_itemsize))
+def output_piece_rows(problem: Problem, heads: int) -> int:
+    """Rows of ``heads`` heads of one batch entry that are finalised at once."""
+    return max(1, OUTPUT_PIECE_BYTES // (heads * problem.value_dim * problem.compute_itemsize))
 
 
 def memory_terms(problem: Problem, residency: Residency) -> tuple[MemoryTerm, ...]:
     """The table of a run on the CPU; terms of nothing are left out."""
     r, size = residency, problem.compute_itemsize
     key_rows = r.heads * r.key_chunk * r.key_slots
-    piece = min(output_piece_rows(problem), r.query_chunk)
+    piece_heads = min(r.heads, problem.heads)
+    piece = piece_heads * min(output_piece_rows(problem, piece_heads), r.query_chunk)
     scratch = largest_scratch_bytes(problem.compute_dtype, r.query_chunk, problem.head_dim, problem.value_dim)
     staging = max(operand.staging_bytes for operand in (problem.q, problem.k, problem.v))
     terms = (
@@ -63,6 +65,7 @@ def memory_terms(problem: Problem, residency: Residency) -> tuple[MemoryTerm, ..
         MemoryTerm("read and write staging", staging + r.threads * problem.result.staging_bytes),
         MemoryTerm("threads", (2 * r.threads + 1) * THREAD_BYTES),
         MemoryTerm("caches of the inputs", sum(operand.held_bytes for operand in (problem.q, problem.k, problem.v))),
+        MemoryTerm("cover", r.cover_bytes),
         MemoryTerm("result", problem.output_bytes if problem.result.place == "new array" else 0),
     )
     return tuple(term for term in terms if term.size_bytes)

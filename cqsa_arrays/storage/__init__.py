@@ -4,7 +4,7 @@ Knows nothing of attention. Importing it imports no h5py: that happens when a fi
 """
 
 from .adapters import as_source
-from .hdf5 import DiskArray, OpenedFile, dataset, open_file, split_reference
+from .hdf5 import DiskArray, OpenedFile, dataset, dataset_in, open_file, split_reference
 from .info import FileInfo, describe
 from .layout import LAYOUTS, Layout, Shape4, parse_layout
 from .output import ArraySink, OutputFile, Sink, output_staging_bytes
@@ -26,6 +26,7 @@ __all__ = [
     "TokenSource",
     "as_source",
     "dataset",
+    "dataset_in",
     "describe",
     "make_inputs",
     "open_file",

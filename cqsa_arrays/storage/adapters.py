@@ -56,7 +56,7 @@ def _host_array(array: object, argument: str) -> np.ndarray:
             remedy = "Convert it on purpose; bfloat16 may be passed as uint16 bits with .view(ml_dtypes.bfloat16)."
             found = f"{_type_name(array)} that NumPy cannot take over ({error})"
             raise ArgumentError(argument, found, EXPECTED, remedy) from error
-    if not isinstance(array, np.generic) and (hasattr(array, "__array_interface__") or hasattr(array, "__array__")):
+    if not isinstance(array, np.generic) and hasattr(array, "__array_interface__"):
         return np.asarray(array)
     raise ArgumentError(argument, _type_name(array), EXPECTED, f"Make it an array: np.asarray({argument}, 'float32').")
 

@@ -133,6 +133,10 @@ class ChunkedSource:
         if self._file is not None and self._stored.chunks:
             self._file.read_ahead(coalesce(self._chunk_spans(batch, heads, tokens)))
 
+    def overlaps(self, array: np.ndarray) -> bool:
+        """No array shares memory with a file that is read by position."""
+        return False
+
     def close(self) -> None:
         if self._owns_file:
             self._dataset.file.close()

@@ -80,5 +80,9 @@ class ContiguousSource:
     def prefetch(self, batch: Range, heads: Range, tokens: Range) -> None:
         self._file.read_ahead(coalesce(self._rows.spans(batch, heads, tokens)))
 
+    def overlaps(self, array: np.ndarray) -> bool:
+        """No array shares memory with a file that is read by position."""
+        return False
+
     def close(self) -> None:
         self._file.close()

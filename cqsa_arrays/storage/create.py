@@ -9,6 +9,7 @@ import json
 import os
 import shutil
 from collections.abc import Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 
 import h5py
@@ -46,13 +47,14 @@ def create_contiguous(
     elements are undefined. Where there is no room, StorageError says how much is needed, and no file is left.
     """
     try:
-        return _create(path, datasets, attributes, links)
-    except BaseException as error:
-        if os.path.exists(path):
-            os.remove(path)
-        if isinstance(error, (OSError, RuntimeError)):  # h5py reports a full disk on closing as a RuntimeError
-            raise _no_room(path, sum(new.nbytes for new in datasets), error) from error
-        raise
+        with ExitStack() as undo:
+            os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))
+            undo.callback(os.remove, path)  # also on an interruption; never a file that was there before
+            offsets = _create(path, datasets, attributes, links)
+            undo.pop_all()
+    except (OSError, RuntimeError) as error:  # h5py reports a full disk on closing as a RuntimeError
+        raise _no_room(path, sum(new.nbytes for new in datasets), error) from error
+    return offsets
 
 
 def _create(
@@ -60,7 +62,7 @@ def _create(
 ) -> list[int]:
     with h5py.File(
         path,
-        "w-",
+        "w",
         libver=("v108", "v110"),  # attributes over 64 KiB (plans) need 1.8; any HDF5 since 1.10 reads it
         alignment_threshold=DATA_ALIGNMENT,
         alignment_interval=DATA_ALIGNMENT,

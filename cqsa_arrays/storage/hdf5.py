@@ -109,7 +109,12 @@ class DiskArray:
 
     def _check_unchanged(self) -> None:
         """Raise StorageError if the file is not what it was when the facts were taken: offsets may have moved."""
-        found = os.stat(self.stored.path)
+        try:
+            found = os.stat(self.stored.path)
+        except OSError as error:
+            raise StorageError(
+                f"{self.stored.label}: {error.strerror}. The file is gone since it was opened."
+            ) from error
         if (found.st_size, found.st_mtime_ns) != (self.stored.file_size, self.stored.file_mtime_ns):
             raise StorageError(f"{self.stored.label}: the file has changed since it was opened. Open it again.")
 
@@ -146,6 +151,13 @@ def dataset(
     if name is None:
         remedy = "Name the data set after the file, such as file.h5:/q."
         raise ArgumentError(argument, repr(reference), "an existing file and a data set in it", remedy)
+    return dataset_in(path, name, layout=layout, locking=locking, argument=argument)
+
+
+def dataset_in(
+    path: str, name: str, *, layout: str | None = None, locking: Locking = None, argument: str = "array"
+) -> DiskArray:
+    """The data set ``name`` of the file ``path``, whatever characters the path has. Raises as open_file does."""
     with opened(path, locking) as file:
         return DiskArray(_inspect(file, name, argument, layout), locking)
 

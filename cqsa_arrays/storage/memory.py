@@ -8,6 +8,7 @@ from collections.abc import Iterator
 
 import numpy as np
 
+from ..errors import ArgumentError
 from ..ranges import Range
 from .dtypes import check_widening, piece_rows
 from .layout import Layout, Shape4
@@ -64,6 +65,9 @@ class HostSource:
     def prefetch(self, batch: Range, heads: Range, tokens: Range) -> None:
         """Nothing to do: it is in memory."""
 
+    def overlaps(self, array: np.ndarray) -> bool:
+        return bool(np.may_share_memory(self._array, array))
+
     def close(self) -> None:
         """Nothing to do: the caller owns the array."""
 
@@ -82,6 +86,9 @@ class MemmapSource:
     def __init__(self, array: np.ndarray, layout: Layout, label: str, owner: np.memmap) -> None:
         self.layout = layout
         self._array = layout.logical(array)
+        if self._array.shape[3] > 1 and self._array.strides[3] != array.itemsize:
+            remedy = "Copy it, or name the layout that it has in the file."
+            raise ArgumentError(label, "a memory map whose vectors are scattered", "contiguous vectors", remedy)
         self._label = label
         self._pages = _Pages(owner)
         self.token_major = layout.tokens_outside_heads and self._array.shape[1] > 1
@@ -129,6 +136,9 @@ class MemmapSource:
     def prefetch(self, batch: Range, heads: Range, tokens: Range) -> None:
         for _, piece in self._pieces(batch, heads, tokens):
             self._pages.read_ahead(piece)
+
+    def overlaps(self, array: np.ndarray) -> bool:
+        return bool(np.may_share_memory(self._array, array))
 
     def close(self) -> None:
         """Nothing to do: the caller owns the map."""

@@ -100,7 +100,7 @@ def check_target(path: str, inputs: Sequence[str], *, overwrite: bool) -> None:
             raise ArgumentError("out", f"{name}, a directory", "the name of a file", "Name a file in it.")
         if os.path.exists(name) and any(os.path.exists(one) and os.path.samefile(name, one) for one in inputs):
             raise ArgumentError("out", f"{name}, which is an input", "another file", "Inputs are never overwritten.")
-    if os.path.exists(path) and not overwrite:
+    if os.path.lexists(path) and not overwrite:
         raise ArgumentError(
             "out",
             f"{path}, which exists",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import threading
 from collections.abc import Iterable
+from contextlib import suppress
 
 import numpy as np
 
@@ -67,10 +68,11 @@ class RawFile:
         """Ask the system to bring the bytes ``start <= p < stop`` of each span into its page cache; maps nothing."""
         if not hasattr(os, "posix_fadvise"):
             return
-        for start, stop in spans:
-            for position in range(start, stop, ADVICE_BYTES):
-                size = min(ADVICE_BYTES, stop - position)
-                os.posix_fadvise(self._fd, position, size, os.POSIX_FADV_WILLNEED)
+        with suppress(OSError):  # advice that a file system may refuse; the read itself will say what is wrong
+            for start, stop in spans:
+                for position in range(start, stop, ADVICE_BYTES):
+                    size = min(ADVICE_BYTES, stop - position)
+                    os.posix_fadvise(self._fd, position, size, os.POSIX_FADV_WILLNEED)
 
     def sync(self) -> None:
         """Return once everything written is on the disk."""

@@ -68,6 +68,9 @@ class TokenSource(Protocol):
     def prefetch(self, batch: Range, heads: Range, tokens: Range) -> None:
         """Ask the system to read this block's bytes ahead, without mapping them or waiting for them."""
 
+    def overlaps(self, array: np.ndarray) -> bool:
+        """Whether writing to ``array`` could change this input."""
+
     def close(self) -> None:
         """Let go of files; reading is over."""
 

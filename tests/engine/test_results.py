@@ -42,14 +42,14 @@ def test_every_row_is_written_once_in_pieces(batch, heads, rows, piece, threads,
             of = Group(Range(0, batch), Range(first, min(first + together, heads)))
             for start, stop in pairwise(cuts):
                 part = (of.batch.slice, of.heads.slice, slice(start, stop))
-                results.take(of, Range(start, stop), rows_of(state, part))
+                results.take(of, Range(start, stop), rows_of(state, part), in_place=False)
     sink.check_once()
     assert sink.longest <= piece
     assert sink.out.tobytes() == state.output().tobytes()
     assert sink.lse.tobytes() == state.lse().tobytes()
 
 
-def test_pieces_are_of_one_head() -> None:
+def test_pieces_are_of_all_heads_of_one_batch_entry() -> None:
     written = []
 
     class Sink(CountingSink):
@@ -59,10 +59,10 @@ def test_pieces_are_of_one_head() -> None:
 
     sink = Sink((3, 5, 30), 3)
     with closing(OutputResults(sink, 7, 1, None)) as results:
-        results.take(Group(Range(1, 3), Range(2, 4)), Range(10, 30), state_of(2, 2, 20))
+        results.take(Group(Range(1, 3), Range(2, 4)), Range(10, 30), state_of(2, 2, 20), in_place=False)
     expected = [
-        (Range(b, b + 1), Range(h, h + 1), Range(t, min(t + 7, 30)))
-        for b in (1, 2) for h in (2, 3) for t in (10, 17, 24)
+        (Range(b, b + 1), Range(2, 4), Range(t, min(t + 7, 30)))
+        for b in (1, 2) for t in (10, 17, 24)
     ]  # fmt: skip
     assert written == expected
     assert (sink.out_times[1:3, 2:4, 10:] == 1).all()
@@ -72,7 +72,7 @@ def test_pieces_are_of_one_head() -> None:
 def test_rows_without_a_key_end_as_zero_and_minus_infinity() -> None:
     sink = CountingSink((1, 2, 9), 3)
     with closing(OutputResults(sink, 4, 2, None)) as results:
-        results.take(group(2), Range(0, 9), BlockStatistics.empty((1, 2, 9), 3, "float32"))
+        results.take(group(2), Range(0, 9), BlockStatistics.empty((1, 2, 9), 3, "float32"), in_place=False)
     assert (sink.out == 0).all()
     assert (sink.lse == -np.inf).all()
 
@@ -83,7 +83,7 @@ def test_an_error_of_the_sink_is_raised_and_threads_end() -> None:
             raise OSError("disk")
 
     with closing(OutputResults(Broken((1, 1, 90), 3), 10, 3, None)) as results, pytest.raises(OSError, match="disk"):
-        results.take(group(), Range(0, 90), state_of(1, 1, 90))
+        results.take(group(), Range(0, 90), state_of(1, 1, 90), in_place=False)
     assert not ours_alive()
 
 
@@ -91,14 +91,12 @@ def test_output_may_lie_where_its_own_states_are() -> None:
     state = state_of(1, 2, 50)
     wanted = state.output()
 
-    class Home(CountingSink):
-        def __init__(self) -> None:
-            super().__init__((1, 2, 50), 3)
-            self.out = state.acc
-
-    with closing(OutputResults(Home(), 8, 2, state.acc)) as results:
+    sink = CountingSink((1, 2, 50), 3)
+    with closing(OutputResults(sink, 8, 2, state.acc)) as results:
         assert results.home is state.acc
-        results.take(group(2), Range(0, 50), state)
+        results.take(group(2), Range(0, 50), state, in_place=True)
+    assert (sink.out_times == 0).all()
+    assert (sink.lse_times == 1).all()
     assert state.acc.tobytes() == wanted.tobytes()
 
 
@@ -110,7 +108,7 @@ def test_statistics_keep_the_states_themselves() -> None:
     assert results.home is results.statistics.acc
     assert (results.statistics.m == -np.inf).all()
     state = state_of(1, 2, 8, dim=4, dtype="float64")
-    results.take(Group(Range(1, 2), Range(1, 3)), Range(5, 13), state)
+    results.take(Group(Range(1, 2), Range(1, 3)), Range(5, 13), state, in_place=False)
     kept = rows_of(results.statistics, np.s_[1:2, 1:3, 5:13])
     for field in ("acc", "m", "l"):
         assert getattr(kept, field).tobytes() == getattr(state, field).tobytes()

@@ -36,8 +36,8 @@ CASES = {
         {
             "key chunks": 2 * 3 * 96 * 64 * 4, "value chunks": 2 * 3 * 96 * 32 * 4, "query chunk": 2 * 96 * 64 * 4,
             "states": 2 * 672 * (32 + 2) * 4, "kernel scratch": 2 * SCRATCH_96,
-            "output pieces": 2 * 96 * (32 + 2) * 4, "read and write staging": 5000 + 2 * 700, "threads": THREADS,
-            "caches of the inputs": 60,
+            "output pieces": 2 * 2 * 96 * (32 + 2) * 4, "read and write staging": 5000 + 2 * 700, "threads": THREADS,
+            "caches of the inputs": 60, "cover": 7 * 32,
         },
     ),
     # The same with one head at a time and one chunk's states in memory.
@@ -47,7 +47,7 @@ CASES = {
         {
             "key chunks": 3 * 96 * 64 * 4, "value chunks": 3 * 96 * 32 * 4, "query chunk": 96 * 64 * 4,
             "states": 96 * (32 + 2) * 4, "kernel scratch": 2 * SCRATCH_96, "output pieces": 2 * 96 * (32 + 2) * 4,
-            "threads": THREADS,
+            "threads": THREADS, "cover": 7 * 32,
         },
     ),
     # acc lies in the caller's array: only m and l are states. 1000 tokens are 11 tiles: 3 chunks of at most 4 tiles.
@@ -56,7 +56,7 @@ CASES = {
         lambda one: cqs_candidate(one, MACHINE, (1, 1), False, 3),
         {
             "states": 1000 * 2 * 8, "kernel scratch": 2 * SCRATCH_384, "output pieces": 2 * 384 * (8 + 2) * 8,
-            "threads": THREADS,
+            "threads": THREADS, "cover": 3 * 32,
         },
     ),
     # On disk the states are whole again, result or not.
@@ -65,7 +65,7 @@ CASES = {
         lambda one: cqs_candidate(one, MACHINE, (1, 1), True, 3),
         {
             "states": 384 * 10 * 8, "kernel scratch": 2 * SCRATCH_384, "output pieces": 2 * 384 * (8 + 2) * 8,
-            "threads": THREADS,
+            "threads": THREADS, "cover": 3 * 32,
         },
     ),
     # 384 query rows stay with their whole states, 10 tiles of keys pass in blocks of 5 and 5.
@@ -85,7 +85,7 @@ CASES = {
         lambda one: cqs_candidate(one, MACHINE, (2, 1), False, 1),
         {
             "states": 2 * 384 * 2 * 8, "kernel scratch": 2 * SCRATCH_384, "output pieces": 2 * 384 * (8 + 2) * 8,
-            "threads": THREADS, "result": 2 * 384 * (8 + 2) * 8,
+            "threads": THREADS, "result": 2 * 384 * (8 + 2) * 8, "cover": 32,
         },
     ),
 }

@@ -41,12 +41,17 @@ class _Cuda(_Exchanged):
     __cuda_array_interface__ = {"version": 3}  # noqa: RUF012
 
 
-@pytest.mark.parametrize("kind", [_DLPack, _Interface, _Array])
+@pytest.mark.parametrize("kind", [_DLPack, _Interface])
 def test_arrays_of_other_libraries_are_used_in_place(kind):
     array = normal((2, 50, 8))
     source = as_source(kind(array), "q")
     assert source.in_place
     assert np.shares_memory(source.view(*(slice_of(n) for n in (1, 2, 50))), array)
+
+
+def test_what_only_converts_would_be_copied_whole_and_is_refused():
+    with pytest.raises(ArgumentError, match=r"np\.asarray\(q"):
+        as_source(_Array(normal((2, 50, 8))), "q")
 
 
 def slice_of(length):
