@@ -13,6 +13,8 @@ import subprocess
 import sys
 import termios
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import h5py
@@ -292,6 +294,28 @@ def test_stopped_by_a_signal_nothing_is_left(tmp_path, number, code, says, flags
     assert process.communicate(timeout=20)[1] == says
     assert process.returncode == code
     assert os.listdir(tmp_path) == ["in.h5"]
+
+
+def test_a_lost_terminal_does_not_stop_what_nohup_started(tmp_path):
+    with h5py.File(tmp_path / "in.h5", "w") as file:
+        file["q"] = file["k"] = file["v"] = np.ones((4, 8_000, 32), "f4")
+    with patch_signal(signal.SIGHUP, signal.SIG_IGN):
+        process = start(tmp_path, "attend", "in.h5", "-o", "out.h5")
+    while not (tmp_path / "out.h5.part").exists():
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.001)
+    process.send_signal(signal.SIGHUP)
+    assert process.communicate(timeout=WAIT_S)[1] == b""
+    assert process.returncode == 0
+
+
+@contextmanager
+def patch_signal(number: int, handler: object) -> Iterator[None]:
+    before = signal.signal(number, handler)
+    try:
+        yield
+    finally:
+        signal.signal(number, before)
 
 
 @pytest.mark.parametrize("call", ["posix_fallocate", "fsync", "replace"])

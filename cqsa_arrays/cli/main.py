@@ -24,7 +24,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = build_parser().parse_args(argv)
     _log_to_stderr()
     for number in (signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, _terminate)
+        if signal.getsignal(number) is not signal.SIG_IGN:  # what nohup asks for stays ignored
+            signal.signal(number, _terminate)
     try:
         from . import commands
 
