@@ -8,7 +8,9 @@ from setuptools import find_packages, setup
 HERE = Path(__file__).parent
 VERSION = re.search(r'__version__ = "(.+?)"', (HERE / "cqsa_arrays" / "version.py").read_text())[1]
 PLOT = ["matplotlib>=3.8"]
-TEST = ["pytest>=8", "hypothesis>=6", *PLOT]
+# The compiler that the tests of CUDA code need; no GPU and no other part of CUDA.
+NVRTC = "nvidia-cuda-nvrtc>=13"
+TEST = ["pytest>=8", "hypothesis>=6", NVRTC, *PLOT]
 
 setup(
     name="cqsa-arrays",
@@ -21,7 +23,7 @@ setup(
     python_requires=">=3.11",
     packages=[*find_packages(include=["cqsa_arrays", "cqsa_arrays.*"]), "cqsa_arrays.data"],
     package_dir={"cqsa_arrays.data": "data"},
-    package_data={"cqsa_arrays": ["py.typed"], "cqsa_arrays.data": ["*"]},
+    package_data={"cqsa_arrays": ["py.typed", "kernels/cuda/*.cu", "kernels/cuda/*.cuh"], "cqsa_arrays.data": ["*"]},
     install_requires=["numpy>=2.0", "h5py>=3.11", "numba>=0.61", "ml_dtypes>=0.5", "tqdm>=4.66"],
     extras_require={
         "cuda12": ["cupy-cuda12x>=14"],

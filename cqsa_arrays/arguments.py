@@ -5,17 +5,19 @@ from __future__ import annotations
 import math
 import os
 import tempfile
+from collections.abc import Iterable
 from numbers import Integral, Number, Real
 from typing import Any
 
 import numpy as np
 
+from .devices import Gpu, resolve_device
 from .engine import Inputs
 from .errors import ArgumentError
 from .masks import Causal, Full, Mask
 from .options import Options
 from .planner import Budget, Machine, Operand, Problem, Rates, Result
-from .storage import LAYOUTS, Layout, TokenSource, as_source, dataset
+from .storage import LAYOUTS, DeviceSource, Layout, TokenSource, as_source, dataset
 from .units import format_bytes, parse_bytes
 
 FLOATS = ("float16", "bfloat16", "float32", "float64")
@@ -116,10 +118,12 @@ def resolve_dtype(dtype: Any, default: np.dtype) -> np.dtype:
     return found
 
 
-def check_device(device: str) -> None:
-    """This version computes on the CPU."""
-    if device not in ("auto", "cpu"):
-        raise ArgumentError("device", _shown(device), "'cpu' or 'auto'", "This version computes on the CPU.")
+def computing_device(device: object, sources: Iterable[TokenSource], out: object) -> Gpu | None:
+    """The GPU that computes, or None for the CPU; arrays on a GPU decide where ``device`` leaves it open."""
+    arrays_on = {source.device_index for source in sources if isinstance(source, DeviceSource)}
+    if hasattr(out, "__cuda_array_interface__"):
+        arrays_on.add(out.device.id if hasattr(out, "device") and hasattr(out.device, "id") else 0)
+    return resolve_device(device, arrays_on)
 
 
 def check_options(options: object) -> None:
@@ -128,13 +132,13 @@ def check_options(options: object) -> None:
         raise ArgumentError("options", type(options).__name__, "cqsa.Options(...)", "Leave it out for the defaults.")
 
 
-def machine(options: Options) -> Machine:
-    """The threads to use and the page cache to hope for."""
+def machine(options: Options, gpu: Gpu | None) -> Machine:
+    """The threads to use, the page cache to hope for, and whether a GPU computes."""
     if options.threads is not None:
         threads = whole_number(options.threads, "threads", 1, "Leave it out to use every processor.")
     else:
         threads = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return Machine(threads, total_memory_bytes() // 2, Rates())
+    return Machine(threads, total_memory_bytes() // 2, Rates(), gpu is not None)
 
 
 def resolve_chunks(options: Options) -> int | None:
@@ -166,27 +170,39 @@ def total_memory_bytes() -> int:
     return min(total, int(limit)) if limit.isdigit() else total
 
 
-def resolve_budget(memory: int | str | None, options: Options, out: Any) -> Budget:
-    """Bytes that may be held, and where states go that do not fit."""
+def resolve_budget(memory: int | str | None, options: Options, out: Any, gpu: Gpu | None) -> Budget:
+    """Bytes that may be held, and where states go that do not fit.
+
+    Where the CPU computes, the smaller of ``memory`` and ``host_memory`` counts; a GPU has ``memory`` for itself.
+    """
     limits = {"memory": memory, "host_memory": options.host_memory}
-    given = {f"{name}={value!r}": parse_bytes(value, name) for name, value in limits.items() if value is not None}
-    scratch = options.scratch
-    if scratch is None:
-        is_path = isinstance(out, (str, os.PathLike))
-        scratch = os.path.dirname(os.path.abspath(os.fspath(out))) if is_path else tempfile.gettempdir()
-    elif not isinstance(scratch, (str, os.PathLike)) or not os.path.isdir(scratch):
-        raise ArgumentError("scratch", _shown(scratch), "an existing directory", "Make it, or leave it out.")
+    given = {name: parse_bytes(value, name) for name, value in limits.items() if value is not None}
+    scratch = _scratch(options, out)
+    host_bytes = given.pop("host_memory", None) if gpu else None
     if given:
-        origin = min(given, key=lambda name: given[name])
-        return Budget(given[origin], origin, os.fspath(scratch))
-    total = total_memory_bytes()
-    return Budget(int(total * DEFAULT_SHARE), f"half of this machine's {format_bytes(total)}", os.fspath(scratch))
+        name = min(given, key=lambda name: given[name])
+        return Budget(given[name], f"{name}={limits[name]!r}", scratch, host_bytes)
+    total = gpu.total_bytes if gpu else total_memory_bytes()
+    whose = f"{gpu.name}'s" if gpu else "this machine's"
+    if gpu and host_bytes is None:
+        host_bytes = int(total_memory_bytes() * DEFAULT_SHARE)
+    return Budget(int(total * DEFAULT_SHARE), f"half of {whose} {format_bytes(total)}", scratch, host_bytes)
 
 
-def build_problem(inputs: Inputs, result: Result, mask: Mask, scale: float) -> Problem:
+def _scratch(options: Options, out: Any) -> str:
+    """The directory for states that do not fit."""
+    if options.scratch is None:
+        is_path = isinstance(out, (str, os.PathLike))
+        return os.path.dirname(os.path.abspath(os.fspath(out))) if is_path else tempfile.gettempdir()
+    if not isinstance(options.scratch, (str, os.PathLike)) or not os.path.isdir(options.scratch):
+        raise ArgumentError("scratch", _shown(options.scratch), "an existing directory", "Make it, or leave it out.")
+    return os.fspath(options.scratch)
+
+
+def build_problem(inputs: Inputs, result: Result, mask: Mask, scale: float, gpu: Gpu | None) -> Problem:
     """The planner's view; the arithmetic is float64 for float64 inputs, else float32."""
     compute = compute_dtype(inputs.q.dtype)
-    q, k, v = (_operand(source, compute) for source in (inputs.q, inputs.k, inputs.v))
+    q, k, v = (_operand(source, compute, gpu) for source in (inputs.q, inputs.k, inputs.v))
     return Problem(q, k, v, result, compute, mask, scale)
 
 
@@ -195,10 +211,13 @@ def compute_dtype(dtype: np.dtype) -> str:
     return "float64" if dtype == np.float64 else "float32"
 
 
-def _operand(source: TokenSource, compute: str) -> Operand:
+def _operand(source: TokenSource, compute: str, gpu: Gpu | None) -> Operand:
+    """A GPU takes elements as they are stored, and uses in place what it holds."""
+    in_place = isinstance(source, DeviceSource) if gpu else source.in_place
+    read_as = source.dtype if gpu else np.dtype(compute)
     return Operand(
-        source.shape, source.dtype.name, source.dtype.itemsize, source.in_place, source.token_major,
-        source.staging_bytes(np.dtype(compute)), source.held_bytes, source.description,
+        source.shape, source.dtype.name, source.dtype.itemsize, in_place, source.token_major,
+        source.staging_bytes(read_as), source.held_bytes, source.description,
     )  # fmt: skip
 
 
@@ -208,20 +227,26 @@ def result_shape(inputs: Inputs) -> tuple[int, int, int, int]:
     return batch, heads, tokens, inputs.v.shape[3]
 
 
-def check_out_array(out: np.ndarray, shape: tuple[int, ...], layout: Layout, inputs: Inputs) -> None:
-    """``out`` must be a writable NumPy float array of ``shape`` that shares no memory with the ``inputs``."""
+def check_out_array(out: Any, shape: tuple[int, ...], layout: Layout, inputs: Inputs) -> None:
+    """``out`` must be a writable NumPy or CuPy float array of ``shape`` that shares no memory with the ``inputs``."""
     if out.shape != shape:
         raise ArgumentError("out", f"shape {out.shape}", f"{shape}, layout {layout}", "Pass an array of that shape.")
     if out.dtype.name not in FLOATS or not out.dtype.isnative:
         raise ArgumentError("out", f"dtype {out.dtype}", f"one of {', '.join(FLOATS)}", "Pass a float array.")
-    if not out.flags.writeable:
-        raise ArgumentError("out", "a read-only array", "a writable one", "Pass an array that may be changed.")
     if any(length > 1 and stride == 0 for length, stride in zip(out.shape, out.strides, strict=True)):
         raise ArgumentError("out", "an array whose elements overlap", "one place for each", "Pass np.empty(...).")
-    if isinstance(out, np.memmap):
-        raise ArgumentError("out", "a memory map", "an array in memory or a path", "Pass the path of a new HDF5 file.")
     if any(source.overlaps(out) for source in (inputs.q, inputs.k, inputs.v)):
         raise ArgumentError("out", "memory of an input", "an array of its own", "Inputs are never overwritten.")
+    if not isinstance(out, np.ndarray):
+        if out.shape[-1] > 1 and out.strides[-1] != out.itemsize:
+            raise ArgumentError(
+                "out", "an array whose vectors are scattered", "contiguous vectors", "Pass cupy.empty(...)."
+            )
+        return
+    if not out.flags.writeable:
+        raise ArgumentError("out", "a read-only array", "a writable one", "Pass an array that may be changed.")
+    if isinstance(out, np.memmap):
+        raise ArgumentError("out", "a memory map", "an array in memory or a path", "Pass the path of a new HDF5 file.")
 
 
 def _shown(value: object) -> str:

@@ -19,5 +19,17 @@ class BudgetError(CqsaError, MemoryError):
     """A memory budget that is too small for the smallest piece of the work."""
 
 
+class DeviceError(CqsaError, RuntimeError):
+    """A GPU that is not there, fails or stops answering."""
+
+
+class DeviceMemoryError(DeviceError, MemoryError):
+    """A GPU that has less memory free than a plan was made for: ``free_bytes`` of it were left."""
+
+    def __init__(self, message: str, free_bytes: int) -> None:
+        self.free_bytes = free_bytes
+        super().__init__(message)
+
+
 class StorageError(CqsaError, OSError):
     """A file, data set or disk that cannot be read or written as asked."""

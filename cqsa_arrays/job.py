@@ -2,25 +2,31 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
 from collections.abc import Iterator
 from contextlib import ExitStack, closing, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
 
 from . import arguments
 from .block_statistics import BlockStatistics
+from .devices import Gpu
 from .engine import Inputs, OutputResults, Progress, ProgressBar, RunReport, Silent, StatisticsResults, run
-from .errors import ArgumentError, BudgetError
+from .errors import ArgumentError, BudgetError, DeviceMemoryError
 from .masks import Mask
 from .options import Options
 from .planner import Budget, Plan, Problem, Result, choose, mask_to_dict, output_piece_rows
 from .storage import ArraySink, OutputFile, Sink, TokenSource, dataset_in, output_staging_bytes
 from .units import format_bytes
 from .version import __version__
+
+logger = logging.getLogger("cqsa_arrays")
+# Of what a device has left, when it turned out to be less than planned: the driver itself needs a little.
+FREE_SHARE = 0.9
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -43,10 +49,11 @@ class Request:
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """A checked request: its open sources and the plan for them."""
+    """A checked request: its open sources, the GPU that computes (None: the CPU does) and the plan."""
 
     request: Request
     inputs: Inputs
+    gpu: Gpu | None
     plan: Plan
 
 
@@ -54,9 +61,8 @@ class Job:
 def prepared(request: Request, *, as_statistics: bool = False) -> Iterator[Job]:
     """The job of ``request``; its sources are closed at the end. Nothing is computed or written.
 
-    Raises ArgumentError, BudgetError and StorageError for what cannot be done.
+    Raises ArgumentError, BudgetError, DeviceError and StorageError for what cannot be done.
     """
-    arguments.check_device(request.device)
     arguments.check_options(request.options)
     arguments.check_layout(request.layout)
     with ExitStack() as stack:
@@ -66,18 +72,28 @@ def prepared(request: Request, *, as_statistics: bool = False) -> Iterator[Job]:
             sources.append(stack.enter_context(closing(source)))
         inputs = Inputs(*sources)
         arguments.check_inputs(inputs)
+        gpu = arguments.computing_device(request.device, sources, request.out)
         result = _statistics_result(inputs) if as_statistics else _result(inputs, request)
+        result = replace(
+            result, on_device=gpu is not None and _stays(request), holds_states=gpu is None and result.holds_states
+        )
         mask = arguments.resolve_mask(request.causal, request.mask)
         scale = arguments.resolve_scale(request.scale, inputs.q.shape[3])
-        problem = arguments.build_problem(inputs, result, mask, scale)
-        budget = arguments.resolve_budget(request.memory, request.options, request.out)
-        yield Job(request, inputs, _plan(problem, budget, request.options))
+        problem = arguments.build_problem(inputs, result, mask, scale, gpu)
+        budget = arguments.resolve_budget(request.memory, request.options, request.out, gpu)
+        yield Job(request, inputs, gpu, _plan(problem, budget, request.options, gpu))
 
 
-def _plan(problem: Problem, budget: Budget, options: Options) -> Plan:
-    machine, chunks = arguments.machine(options), arguments.resolve_chunks(options)
+def _stays(request: Request) -> bool:
+    """Whether the result is an array on the device: the caller's ``out``, or a new one beside queries that are there."""
+    model = request.q if request.out is None else request.out
+    return hasattr(model, "__cuda_array_interface__")
+
+
+def _plan(problem: Problem, budget: Budget, options: Options, gpu: Gpu | None) -> Plan:
+    machine, chunks = arguments.machine(options, gpu), arguments.resolve_chunks(options)
     try:
-        return choose(problem, budget, machine, cover=options.cover, chunks=chunks, device="cpu")
+        return choose(problem, budget, machine, cover=options.cover, chunks=chunks, device=gpu.name if gpu else "cpu")
     except BudgetError as error:
         # Statistics have no other place; an output has.
         if problem.result.place != "new array" or problem.result.row_scalars:
@@ -94,11 +110,15 @@ def _statistics_result(inputs: Inputs) -> Result:
 def _result(inputs: Inputs, request: Request) -> Result:
     """Where the output goes and of what type it is."""
     shape, layout, out = arguments.result_shape(inputs), inputs.q.layout, request.out
-    if isinstance(out, np.ndarray):
+    if isinstance(out, np.ndarray) or hasattr(out, "__cuda_array_interface__"):
         arguments.check_out_array(out, layout.physical_shape(shape), layout, inputs)
         if request.dtype is not None and arguments.resolve_dtype(request.dtype, out.dtype) != out.dtype:
             raise ArgumentError("dtype", repr(request.dtype), f"{out.dtype}, as out has", "Leave dtype out.")
-        home = out.dtype.name == arguments.compute_dtype(inputs.q.dtype) and out.flags.aligned
+        home = (
+            out.dtype.name == arguments.compute_dtype(inputs.q.dtype)
+            and isinstance(out, np.ndarray)
+            and out.flags.aligned
+        )
         return Result(out.dtype.name, out.dtype.itemsize, "array", 0, 0, "the array given as out=", home)
     dtype = arguments.resolve_dtype(request.dtype, inputs.q.dtype)
     if out is None:
@@ -106,7 +126,7 @@ def _result(inputs: Inputs, request: Request) -> Result:
         return Result(dtype.name, dtype.itemsize, "new array", 0, 0, "a new array in memory", home)
     if not isinstance(out, (str, os.PathLike)) or not os.fspath(out):
         found = repr(out) if isinstance(out, str) else f"type {type(out).__name__}"
-        raise ArgumentError("out", found, "a NumPy array, a path or None", "Leave it out for a new array.")
+        raise ArgumentError("out", found, "a NumPy or CuPy array, a path or None", "Leave it out for a new array.")
     staging = output_staging_bytes(shape, dtype, layout)
     return Result(dtype.name, dtype.itemsize, "file", 1, staging, f"{os.fspath(out)}:/out and /lse")
 
@@ -128,7 +148,7 @@ def attend(job: Job) -> tuple[Any, RunReport]:
             file.finish()
         return dataset_in(os.fspath(request.out), "/out", argument="out"), report
     given = problem.result.place == "array"
-    array = request.out if given else np.empty(layout.physical_shape(shape), dtype)
+    array = request.out if given else _empty(job, layout.physical_shape(shape), dtype)
     home = layout.logical(array) if problem.result.holds_states else None
     report = _run(job, _output_results(job, ArraySink(array, None, layout), home))
     return (array if given else _like(array, request.q)), report
@@ -137,10 +157,29 @@ def attend(job: Job) -> tuple[Any, RunReport]:
 def collect_statistics(job: Job) -> BlockStatistics:
     """Run the job and keep the states of all rows, without the axes that q's layout leaves out."""
     shape = arguments.result_shape(job.inputs)
-    results = StatisticsResults(shape[:3], shape[3], job.plan.problem.compute_dtype)
+    results = StatisticsResults(shape[:3], shape[3], job.plan.problem.compute_dtype, _namespace(job))
     _run(job, results)
     found, rows = results.statistics, job.inputs.q.layout.lse_shape(shape)
     return BlockStatistics(found.acc.reshape(*rows, shape[3]), found.m.reshape(rows), found.l.reshape(rows))
+
+
+def _namespace(job: Job) -> Any:
+    """NumPy, or CuPy where the result stays on the device."""
+    if not job.plan.problem.result.on_device:
+        return np
+    import cupy
+
+    return cupy
+
+
+def _empty(job: Job, shape: tuple[int, ...], dtype: np.dtype) -> Any:
+    """The new array of a result."""
+    if job.gpu is None or not job.plan.problem.result.on_device:
+        return np.empty(shape, dtype)
+    import cupy
+
+    with cupy.cuda.Device(job.gpu.index):
+        return cupy.empty(shape, dtype)
 
 
 def _output_results(job: Job, sink: Sink, home: np.ndarray | None) -> OutputResults:
@@ -153,12 +192,28 @@ def _run(job: Job, results: OutputResults | StatisticsResults) -> RunReport:
     problem = job.plan.problem
     progress: Progress = ProgressBar(problem.pairs, problem.flops) if job.request.options.progress else Silent()
     with closing(progress), closing(results):
-        return run(job.plan, job.inputs, results, progress)
+        plan = job.plan
+        while True:
+            try:
+                return run(plan, job.inputs, results, progress)
+            except DeviceMemoryError as error:  # met before anything is computed
+                plan = _smaller(plan, error, job)
 
 
-def _like(array: np.ndarray, model: Any) -> Any:
+def _smaller(plan: Plan, error: DeviceMemoryError, job: Job) -> Plan:
+    """A plan for what the device has left now; DeviceMemoryError where that is no less than what was planned."""
+    left = int(error.free_bytes * FREE_SHARE)
+    if left >= plan.memory_bytes:
+        raise error
+    budget = replace(plan.budget, memory_bytes=left, origin=f"what {plan.device} had left")
+    smaller = _plan(plan.problem, budget, job.request.options, job.gpu)
+    logger.info("%s Going on with a smaller plan of %s.", error, format_bytes(smaller.memory_bytes))
+    return smaller
+
+
+def _like(array: Any, model: Any) -> Any:
     """``array`` as an array of the library that ``model`` is of, where that takes over DLPack; else as it is."""
-    if isinstance(model, np.ndarray):
+    if type(array) is type(model) or isinstance(model, np.ndarray):
         return array
     library = sys.modules.get(type(model).__module__.partition(".")[0])
     takes_over = getattr(library, "from_dlpack", None)

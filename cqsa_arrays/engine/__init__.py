@@ -1,7 +1,8 @@
 """The engine runs a plan: pages inputs in, keeps states, hands out finished rows. Start reading at ``executor.run``."""
 
-from .executor import Inputs, RunReport, run
+from .executor import RunReport, run
 from .progress import Progress, ProgressBar, Silent
+from .resident import Inputs
 from .results import OutputResults, StatisticsResults
 
 __all__ = [

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from itertools import product
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -25,6 +25,9 @@ class Results(Protocol):
     def take(self, group: Group, rows: Range, state: BlockStatistics, *, in_place: bool) -> None:
         """Keep what is wanted of ``state``, (batch, heads, rows); ``in_place``: its ``acc`` lies in ``home``."""
 
+    def drain(self) -> None:
+        """Wait for work that is under way."""
+
     def close(self) -> None:
         """Release threads."""
 
@@ -33,7 +36,7 @@ class OutputResults:
     """Writes ``acc / l`` and the log-sum-exp, in pieces of at most ``piece_rows`` rows of all heads, by ``threads``."""
 
     def __init__(self, sink: Sink, piece_rows: int, threads: int, home: np.ndarray | None) -> None:
-        self._sink, self._piece_rows, self.home = sink, piece_rows, home
+        self.sink, self._piece_rows, self.home = sink, piece_rows, home
         self._workers = Workers(threads, "output")
 
     def take(self, group: Group, rows: Range, state: BlockStatistics, *, in_place: bool) -> None:
@@ -47,10 +50,13 @@ class OutputResults:
             if in_place:
                 finished.output(out=finished.acc)
             else:
-                self._sink.write_out(batch, group.heads, tokens, finished.output())
-            self._sink.write_lse(batch, group.heads, tokens, finished.lse())
+                self.sink.write_out(batch, group.heads, tokens, finished.output())
+            self.sink.write_lse(batch, group.heads, tokens, finished.lse())
 
         self._workers.run(product(batches, pieces), write)
+
+    def drain(self) -> None:
+        """Nothing to do: rows are written when they are taken."""
 
     def close(self) -> None:
         self._workers.close()
@@ -59,14 +65,17 @@ class OutputResults:
 class StatisticsResults:
     """Keeps the states of all rows: acc (B, H, Nq, Dv), m and l (B, H, Nq)."""
 
-    def __init__(self, shape: tuple[int, int, int], value_dim: int, dtype: str) -> None:
-        self.statistics = BlockStatistics.empty(shape, value_dim, np.dtype(dtype))
+    def __init__(self, shape: tuple[int, int, int], value_dim: int, dtype: str, xp: Any = np) -> None:
+        self.statistics = BlockStatistics.empty(shape, value_dim, np.dtype(dtype), xp)
         self.home: np.ndarray | None = self.statistics.acc
 
     def take(self, group: Group, rows: Range, state: BlockStatistics, *, in_place: bool) -> None:
         part = (group.batch.slice, group.heads.slice, rows.slice)
         self.statistics.acc[part], self.statistics.m[part], self.statistics.l[part] = state.acc, state.m, state.l
         self.statistics.acc[part][state.saw_no_key] = 0
+
+    def drain(self) -> None:
+        """Nothing to do."""
 
     def close(self) -> None:
         """Nothing to do: ``statistics`` is the result."""

@@ -7,7 +7,7 @@ import os
 import tempfile
 from collections.abc import Callable
 from contextlib import ExitStack
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -18,6 +18,9 @@ from ..planner import Group, Plan
 from ..ranges import Cut, Range
 from ..storage import reserve
 from ..units import format_bytes
+
+# Gives memory for so many elements of a dtype: a NumPy array, or a CuPy one.
+Allocator = Callable[[int, str], Any]
 
 
 class StateStore(Protocol):
@@ -41,16 +44,17 @@ class StateStore(Protocol):
 class _Block:
     """Memory for the state of up to ``rows`` rows of ``heads`` heads: one buffer, cut into acc, m and l."""
 
-    def __init__(self, rows: int, heads: int, value_dim: int, dtype: str) -> None:
-        self._flat = allocate(rows * heads * (value_dim + 2), dtype)
+    def __init__(self, rows: int, heads: int, value_dim: int, dtype: str, take: Allocator) -> None:
+        self._flat = take(rows * heads * (value_dim + 2), dtype)
         self._value_dim = value_dim
 
-    def view(self, group: Group, rows: int) -> tuple[BlockStatistics, np.ndarray]:
+    def view(self, group: Group, rows: int) -> tuple[BlockStatistics, Any]:
         """The state of ``rows`` rows, and all of its memory as one array."""
         shape = (len(group.batch), len(group.heads), rows)
         count = int(np.prod(shape))
         flat = self._flat[: count * (self._value_dim + 2)]
-        acc, m, normalizer = np.split(flat, [count * self._value_dim, count * (self._value_dim + 1)])
+        acc, rest = flat[: count * self._value_dim], flat[count * self._value_dim :]
+        m, normalizer = rest[:count], rest[count:]
         return BlockStatistics(acc.reshape(*shape, self._value_dim), m.reshape(shape), normalizer.reshape(shape)), flat
 
 
@@ -64,8 +68,10 @@ class ResidentStates:
 
     moved_bytes = 0
 
-    def __init__(self, rows: int, heads: int, value_dim: int, dtype: str, home: np.ndarray | None) -> None:
-        self._block = _Block(rows, heads, 0 if home is not None else value_dim, dtype)
+    def __init__(
+        self, rows: int, heads: int, value_dim: int, dtype: str, home: np.ndarray | None, take: Allocator = allocate
+    ) -> None:
+        self._block = _Block(rows, heads, 0 if home is not None else value_dim, dtype, take)
         self._rows, self._home = rows, home
         self._state: BlockStatistics | None = None
 
@@ -93,8 +99,8 @@ class TileStates:
 
     moved_bytes = 0
 
-    def __init__(self, rows: int, heads: int, value_dim: int, dtype: str) -> None:
-        self._block = _Block(rows, heads, value_dim, dtype)
+    def __init__(self, rows: int, heads: int, value_dim: int, dtype: str, take: Allocator = allocate) -> None:
+        self._block = _Block(rows, heads, value_dim, dtype, take)
         self._group: Group | None = None
         self._rows: Range | None = None
 
@@ -120,7 +126,7 @@ class FileStates:
     """States in an unnamed scratch file, two slots each: a new version goes beside the old, then becomes current."""
 
     def __init__(self, queries: Cut, heads: int, value_dim: int, dtype: str, directory: str) -> None:
-        self._block = _Block(queries.longest, heads, value_dim, dtype)
+        self._block = _Block(queries.longest, heads, value_dim, dtype, allocate)
         self._queries = queries
         self._row_bytes = heads * (value_dim + 2) * np.dtype(dtype).itemsize
         # Per chunk: 0 before its first version, else 1 + the slot that is current.
@@ -201,12 +207,12 @@ def _unnamed_file(directory: str) -> int:
     return descriptor
 
 
-def open_states(plan: Plan, home: np.ndarray | None) -> StateStore:
-    """The store that ``plan`` asks for; ``home`` as in ``ResidentStates``."""
+def open_states(plan: Plan, home: np.ndarray | None, take: Allocator = allocate) -> StateStore:
+    """The store that ``plan`` asks for; ``home`` as in ``ResidentStates``; ``take(elements, dtype)`` gives its memory."""
     chosen, problem = plan.chosen, plan.problem
     heads, dim, dtype = chosen.batches * chosen.heads, problem.value_dim, problem.compute_dtype
     if chosen.states_on_disk:
         return FileStates(plan.build_cover().queries, heads, dim, dtype, plan.budget.scratch)
     if chosen.cover == "rectangular":
-        return TileStates(chosen.residency.query_chunk, heads, dim, dtype)
-    return ResidentStates(problem.query_tokens, heads, dim, dtype, home)
+        return TileStates(chosen.residency.query_chunk, heads, dim, dtype, take)
+    return ResidentStates(problem.query_tokens, heads, dim, dtype, home, take)

@@ -9,8 +9,18 @@ from itertools import islice, product
 
 from ..cover import Cover, CqsCover, RectangularCover, perfect_sizes, set_size
 from ..ranges import Cut
-from .cost import Rates, Traffic, Work, estimate_s, traffic
-from .memory import TILE_TOKENS, MemoryTerm, Residency, memory_terms, state_row_bytes, total_bytes
+from .cost import Rates, Traffic, Work, estimate_device_s, estimate_s, traffic
+from .memory import (
+    DEVICE_TILE_TOKENS,
+    TILE_TOKENS,
+    MemoryTerm,
+    Residency,
+    device_terms,
+    host_terms,
+    memory_terms,
+    state_row_bytes,
+    total_bytes,
+)
 from .problem import Problem
 
 # More chunks than this never pay on one machine, and difference sets past it take longer to find than to use.
@@ -23,11 +33,20 @@ KEY_BLOCK_TOKENS = 1 << 20
 
 @dataclass(frozen=True, slots=True)
 class Machine:
-    """What the planner knows of the computing machine."""
+    """What the planner knows of the computing machine; ``gpu``: a GPU computes, the host feeds it."""
 
     threads: int
     cache_bytes: int
     rates: Rates
+    gpu: bool = False
+
+    @property
+    def tile_tokens(self) -> int:
+        """Chunk borders are multiples of it."""
+        return DEVICE_TILE_TOKENS if self.gpu else TILE_TOKENS
+
+    def tiles(self, tokens: int) -> int:
+        return -(-tokens // self.tile_tokens)
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,6 +55,7 @@ class Candidate:
 
     ``query_parts`` and ``key_parts`` cut the tokens; ``batches`` x ``heads`` go through the cover together, the groups
     one after the other; ``states_on_disk`` is where partial states wait between tasks.
+    ``terms`` count against the budget of the computing device, ``host_terms`` against that of a GPU's host.
     """
 
     cover: str
@@ -49,6 +69,8 @@ class Candidate:
     traffic: Traffic
     scratch_bytes: int
     estimated_s: float
+    tile_tokens: int = TILE_TOKENS
+    host_terms: tuple[MemoryTerm, ...] = ()
 
     @property
     def memory_bytes(self) -> int:
@@ -56,8 +78,8 @@ class Candidate:
 
     def build_cover(self, problem: Problem) -> Cover:
         """The cover of one group of heads."""
-        queries = Cut(problem.query_tokens, self.query_parts, TILE_TOKENS)
-        keys = Cut(problem.key_tokens, self.key_parts, TILE_TOKENS)
+        queries = Cut(problem.query_tokens, self.query_parts, self.tile_tokens)
+        keys = Cut(problem.key_tokens, self.key_parts, self.tile_tokens)
         return (CqsCover if self.cover == "cqs" else RectangularCover)(queries, keys, problem.mask)
 
 
@@ -71,10 +93,6 @@ def head_groups(problem: Problem) -> list[tuple[int, int]]:
     return list(dict.fromkeys(groups))
 
 
-def _tiles(tokens: int) -> int:
-    return -(-tokens // TILE_TOKENS)
-
-
 def _key_passes(problem: Problem, query_parts: int, key_parts: int) -> float:
     """How often that many query tiles read the keys, at most: what each tile's last row sees, in whole blocks."""
     queries, keys = problem.query_tokens, problem.key_tokens
@@ -85,12 +103,15 @@ def _key_passes(problem: Problem, query_parts: int, key_parts: int) -> float:
 def cqs_candidate(problem: Problem, machine: Machine, group: tuple[int, int], on_disk: bool, chunks: int) -> Candidate:
     """CQS Divide with ``chunks`` chunks: the key chunks of a quorum stay, query chunks and their states pass."""
     heads, size = group[0] * group[1], set_size(chunks)
-    queries, keys = (Cut(n, chunks, TILE_TOKENS) for n in (problem.query_tokens, problem.key_tokens))
+    queries, keys = (Cut(n, chunks, machine.tile_tokens) for n in (problem.query_tokens, problem.key_tokens))
     state_rows = queries.longest if on_disk else problem.query_tokens
     row_bytes = state_row_bytes(problem, in_result=problem.result.holds_states and not on_disk)
+    # A GPU copies the next task's chunks while it computes; two tasks have one chunk in common.
+    key_slots, query_slots = (2 * size - 1, 2) if machine.gpu and chunks > 1 else (size, 1)
     residency = Residency(
-        heads, queries.longest, keys.longest, size, state_rows, row_bytes, chunks * CHUNK_TABLE_BYTES, machine.threads
-    )
+        heads, queries.longest, keys.longest, key_slots, state_rows, row_bytes, chunks * CHUNK_TABLE_BYTES,
+        machine.threads, query_slots,
+    )  # fmt: skip
     groups = problem.batch * problem.heads / heads
     loads = 1.0 if chunks == 1 else float(size)
     moves = loads if on_disk else 0.0
@@ -104,9 +125,15 @@ def rectangular_candidate(
     """``query_parts`` query tiles stay, one after the other, with their states; blocks of ``key_block`` keys pass."""
     heads = group[0] * group[1]
     parts = (query_parts, -(-problem.key_tokens // key_block))
-    queries, keys = Cut(problem.query_tokens, parts[0], TILE_TOKENS), Cut(problem.key_tokens, parts[1], TILE_TOKENS)
+    queries, keys = (
+        Cut(n, part, machine.tile_tokens)
+        for n, part in zip((problem.query_tokens, problem.key_tokens), parts, strict=True)
+    )
     row_bytes = state_row_bytes(problem)
-    residency = Residency(heads, queries.longest, keys.longest, 1, queries.longest, row_bytes, 0, machine.threads)
+    key_slots, query_slots = (min(3, parts[1]), min(2, query_parts)) if machine.gpu else (1, 1)
+    residency = Residency(
+        heads, queries.longest, keys.longest, key_slots, queries.longest, row_bytes, 0, machine.threads, query_slots
+    )
     groups = problem.batch * problem.heads / heads
     passes = min(query_parts, _key_passes(problem, *parts)) if parts[1] > 1 else 1.0
     work = Work(1.0, passes, 0.0, int(groups * parts[0] * parts[1]), queries.longest)
@@ -125,22 +152,29 @@ def _priced(
 ) -> Candidate:
     scratch = 2 * residency.heads * problem.query_tokens * state_row_bytes(problem) if on_disk else 0
     moved = traffic(problem, work)
+    if machine.gpu:
+        return Candidate(
+            cover, *parts, *group, on_disk, residency, device_terms(problem, residency), moved, scratch,
+            estimate_device_s(problem, work, moved, machine.rates, machine.cache_bytes),
+            machine.tile_tokens, host_terms(problem, residency),
+        )  # fmt: skip
     return Candidate(
         cover, *parts, *group, on_disk, residency, memory_terms(problem, residency), moved, scratch,
         estimate_s(problem, residency, work, moved, machine.rates, machine.cache_bytes),
     )  # fmt: skip
 
 
-def chunk_counts(problem: Problem) -> list[int]:
+def chunk_counts(problem: Problem, machine: Machine) -> list[int]:
     """The numbers of chunks with a perfect difference set, no more than there are tiles."""
-    tiles = max(1, min(_tiles(problem.query_tokens), _tiles(problem.key_tokens)))
+    tiles = max(1, min(machine.tiles(problem.query_tokens), machine.tiles(problem.key_tokens)))
     return perfect_sizes(min(tiles, MOST_CHUNKS))
 
 
 def cqs_candidates(problem: Problem, machine: Machine, budget_bytes: int, chunks: int | None) -> Iterator[Candidate]:
     """For each group and place of states the smallest number of chunks that fits, which moves least."""
-    counts = chunk_counts(problem) if chunks is None else [chunks]
-    for group, on_disk in product(head_groups(problem), (False, True)):
+    counts = chunk_counts(problem, machine) if chunks is None else [chunks]
+    # States of a GPU's run stay on the device.
+    for group, on_disk in product(head_groups(problem), (False,) if machine.gpu else (False, True)):
         # Not by bisection: where chunks are a few tiles long, more of them can need more memory.
         candidates = (cqs_candidate(problem, machine, group, on_disk, count) for count in counts)
         yield from islice((c for c in candidates if c.memory_bytes <= budget_bytes), 1)
@@ -148,26 +182,27 @@ def cqs_candidates(problem: Problem, machine: Machine, budget_bytes: int, chunks
 
 def rectangular_candidates(problem: Problem, machine: Machine, budget_bytes: int) -> Iterator[Candidate]:
     """For each group the largest query tile that fits beside the longest key block that does."""
-    parts = range(1, _tiles(problem.query_tokens) + 1)
+    parts = range(1, machine.tiles(problem.query_tokens) + 1)
     for group in head_groups(problem):
         builds = (
-            partial(rectangular_candidate, problem, machine, group, block * TILE_TOKENS)
-            for block in _key_blocks(problem, budget_bytes)
+            partial(rectangular_candidate, problem, machine, group, block * machine.tile_tokens)
+            for block in _key_blocks(problem, machine, budget_bytes)
         )
         found = (_first_fitting(parts, build, budget_bytes) for build in builds)
         yield from islice((candidate for candidate in found if candidate is not None), 1)
 
 
-def _key_blocks(problem: Problem, budget_bytes: int) -> list[int]:
+def _key_blocks(problem: Problem, machine: Machine, budget_bytes: int) -> list[int]:
     """Lengths of key blocks to try, in tiles, longest first: from an eighth of the budget down to one tile.
 
     Each block rounds the states once, so they should be long: 2^20 tokens keep the error flat up to 2^30.
     """
-    tiles = _tiles(problem.key_tokens)
+    tiles = machine.tiles(problem.key_tokens)
     if problem.k.in_place and problem.v.in_place:
         return [tiles]
-    tile_bytes = TILE_TOKENS * (problem.head_dim + problem.value_dim) * problem.compute_itemsize
-    longest = min(tiles, KEY_BLOCK_TOKENS // TILE_TOKENS, max(1, budget_bytes // 8 // tile_bytes))
+    itemsize = problem.k.itemsize if machine.gpu else problem.compute_itemsize
+    tile_bytes = machine.tile_tokens * (problem.head_dim + problem.value_dim) * itemsize
+    longest = min(tiles, KEY_BLOCK_TOKENS // machine.tile_tokens, max(1, budget_bytes // 8 // tile_bytes))
     return list(dict.fromkeys(max(1, longest >> shift) for shift in (0, 1, 2, 4, 8, 16)))
 
 

@@ -15,7 +15,7 @@ from .candidates import (
     rectangular_candidate,
     rectangular_candidates,
 )
-from .memory import TILE_TOKENS
+from .memory import total_bytes
 from .plan import Budget, Plan
 from .problem import Problem
 
@@ -47,8 +47,19 @@ def choose(problem: Problem, budget: Budget, machine: Machine, *, cover: str, ch
     chosen, reason = _select(found["cqs"], found["rectangular"], cover)
     if chosen is None:
         raise _refusal(problem, budget, machine, cover, chunks)
+    _check_host(chosen, budget)
     alternative = found["rectangular" if chosen.cover == "cqs" else "cqs"]
     return Plan(problem, device, budget, chosen, alternative, reason)
+
+
+def _check_host(chosen: Candidate, budget: Budget) -> None:
+    """What feeds a GPU has fixed sizes: it fits the host's budget, or no plan does."""
+    if budget.host_bytes is not None and total_bytes(chosen.host_terms) > budget.host_bytes:
+        largest = max(chosen.host_terms, key=lambda term: term.size_bytes)
+        raise BudgetError(
+            f"host_memory: {total_bytes(chosen.host_terms)} bytes are needed to feed the device, the budget is"
+            f' {format_bytes(budget.host_bytes)}; largest term "{largest.name}" {format_bytes(largest.size_bytes)}.'
+        )
 
 
 def _writes_too_much(candidate: Candidate) -> bool:
@@ -91,10 +102,11 @@ def _smallest(problem: Problem, machine: Machine, cover: str, chunks: int | None
     group = head_groups(problem)[-1]
     found = []
     if cover != "rectangular":
-        counts = chunk_counts(problem) if chunks is None else [chunks]
-        found += [cqs_candidate(problem, machine, group, d, count) for d in (False, True) for count in counts]
+        counts = chunk_counts(problem, machine) if chunks is None else [chunks]
+        places = (False,) if machine.gpu else (False, True)
+        found += [cqs_candidate(problem, machine, group, place, count) for place in places for count in counts]
     if cover != "cqs":
         in_place = problem.k.in_place and problem.v.in_place
-        block, tiles = problem.key_tokens if in_place else TILE_TOKENS, -(-problem.query_tokens // TILE_TOKENS)
-        found.append(rectangular_candidate(problem, machine, group, block, tiles))
+        block = problem.key_tokens if in_place else machine.tile_tokens
+        found.append(rectangular_candidate(problem, machine, group, block, machine.tiles(problem.query_tokens)))
     return found

@@ -18,6 +18,12 @@ class Rates:
     disk_write_bytes: float = 1.2e9
     cached_bytes: float = 8e9
     step_s: float = 1e-4
+    # One GPU of the Hopper generation, by element type of the inputs, and its link to the host.
+    device_flops: tuple[tuple[str, float], ...] = (
+        ("float16", 300e12), ("bfloat16", 300e12), ("float32", 40e12), ("float64", 35e12),
+    )  # fmt: skip
+    link_bytes: float = 50e9
+    launch_s: float = 2e-5
 
     def flops(self, dtype: str, threads: int) -> float:
         per_thread = self.float32_flops_per_thread if dtype == "float32" else self.float64_flops_per_thread
@@ -76,3 +82,13 @@ def estimate_s(
     first_rows = residency.heads * residency.key_chunk * residency.key_slots * problem.compute_itemsize
     first_s = first_rows * (problem.head_dim + problem.value_dim) / rates.disk_read_bytes if once else 0.0
     return max(compute_s, disk_s) + copies_s + first_s + work.steps * rates.step_s
+
+
+def estimate_device_s(problem: Problem, work: Work, moved: Traffic, rates: Rates, cache_bytes: int) -> float:
+    """Seconds on a GPU: arithmetic, the link and the disk work side by side; launches do not."""
+    once = problem.q.file_bytes + problem.k.file_bytes + problem.v.file_bytes
+    disk_read = min(once, moved.input_read_bytes) if once <= cache_bytes else moved.input_read_bytes
+    disk_s = disk_read / rates.disk_read_bytes + moved.output_written_bytes / rates.disk_write_bytes
+    link_s = (moved.input_read_bytes + problem.output_bytes) / rates.link_bytes
+    compute_s = problem.flops / dict(rates.device_flops)[problem.q.dtype]
+    return max(compute_s, disk_s, link_s) + work.steps * rates.launch_s

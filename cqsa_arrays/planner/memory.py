@@ -7,8 +7,19 @@ from dataclasses import dataclass
 from ..kernels.cpu.tiles import BLOCK_KEYS, largest_scratch_bytes
 from .problem import Problem
 
-# Chunk borders are multiples of this many tokens: whole query panels and key blocks of every CPU kernel.
+# Chunk borders are multiples of this many tokens: whole query panels and key blocks of every CPU kernel,
 TILE_TOKENS = BLOCK_KEYS
+# and whole row blocks and key tiles of every CUDA kernel.
+DEVICE_TILE_TOKENS = 128
+# Arrays on the device begin at multiples of this many bytes.
+DEVICE_ALIGNMENT = 512
+# Between files or arrays on the host and the device: page-locked pieces, and how many of them are under way.
+PINNED_PIECE_BYTES = 4 << 20
+PINNED_PIECES = 8
+# Finished rows leave the device in pieces of about this size, one written while the next one is copied.
+DEVICE_OUTPUT_BYTES = 8 << 20
+OUTPUT_SLOTS = 2
+READER_THREADS = 4
 # Rows are finalised (divided and narrowed) in pieces whose float arrays are about this large.
 OUTPUT_PIECE_BYTES = 1 << 19
 # What a thread of our own touches of its stack and heap: those of the kernel, those of the output, one reads ahead.
@@ -35,6 +46,7 @@ class Residency:
     state_row_bytes: int
     cover_bytes: int
     threads: int
+    query_slots: int = 1
 
 
 def state_row_bytes(problem: Problem, *, in_result: bool = False) -> int:
@@ -69,6 +81,63 @@ def memory_terms(problem: Problem, residency: Residency) -> tuple[MemoryTerm, ..
         MemoryTerm("result", problem.output_bytes if problem.result.place == "new array" else 0),
     )
     return tuple(term for term in terms if term.size_bytes)
+
+
+def device_output_rows(problem: Problem, heads: int) -> int:
+    """Rows of ``heads`` heads of one batch entry that leave the device together."""
+    return max(1, DEVICE_OUTPUT_BYTES // (heads * _output_row_bytes(problem)))
+
+
+def _output_row_bytes(problem: Problem) -> int:
+    return problem.value_dim * problem.result.itemsize + problem.compute_itemsize
+
+
+def device_terms(problem: Problem, residency: Residency) -> tuple[MemoryTerm, ...]:
+    """The table of a run on a GPU: what is allocated there. Inputs and results that live there are the caller's."""
+    r = residency
+    key_rows, query_rows = r.heads * r.key_chunk * r.key_slots, r.heads * r.query_chunk * r.query_slots
+    heads = min(r.heads, problem.heads)
+    rows = (
+        0 if problem.result.on_device else OUTPUT_SLOTS * heads * min(device_output_rows(problem, heads), r.query_chunk)
+    )
+    terms = (
+        MemoryTerm("key chunks", 0 if problem.k.in_place else key_rows * problem.head_dim * problem.k.itemsize),
+        MemoryTerm("value chunks", 0 if problem.v.in_place else key_rows * problem.value_dim * problem.v.itemsize),
+        MemoryTerm("query chunks", 0 if problem.q.in_place else query_rows * problem.head_dim * problem.q.itemsize),
+        MemoryTerm("states", r.heads * r.state_rows * r.state_row_bytes),
+        MemoryTerm("output pieces", rows * _output_row_bytes(problem)),
+    )
+    return tuple(MemoryTerm(t.name, _whole(t.size_bytes)) for t in terms if t.size_bytes)
+
+
+def host_terms(problem: Problem, residency: Residency) -> tuple[MemoryTerm, ...]:
+    """What a run on a GPU allocates on the host."""
+    r, operands = residency, (problem.q, problem.k, problem.v)
+    heads = min(r.heads, problem.heads)
+    rows = (
+        0 if problem.result.on_device else OUTPUT_SLOTS * heads * min(device_output_rows(problem, heads), r.query_chunk)
+    )
+    streamed = [operand for operand in operands if not operand.in_place]
+    terms = (
+        MemoryTerm("page-locked pieces", PINNED_PIECES * PINNED_PIECE_BYTES if streamed else 0),
+        MemoryTerm("page-locked output", rows * _output_row_bytes(problem)),
+        MemoryTerm("read and write staging", _staging_bytes(problem)),
+        MemoryTerm("threads", (READER_THREADS + 2) * THREAD_BYTES),
+        MemoryTerm("caches of the inputs", sum(operand.held_bytes for operand in operands)),
+        MemoryTerm("cover", r.cover_bytes),
+        MemoryTerm("result", problem.output_bytes if problem.result.place == "new array" and rows else 0),
+    )
+    return tuple(term for term in terms if term.size_bytes)
+
+
+def _staging_bytes(problem: Problem) -> int:
+    inputs = max(operand.staging_bytes for operand in (problem.q, problem.k, problem.v))
+    return READER_THREADS * inputs + problem.result.staging_bytes
+
+
+def _whole(size_bytes: int) -> int:
+    """Room for an array of this size and for the padding of its parts; see ``engine.cuda.memory.Arena``."""
+    return -(-size_bytes // DEVICE_ALIGNMENT) * DEVICE_ALIGNMENT
 
 
 def total_bytes(terms: tuple[MemoryTerm, ...]) -> int:

@@ -11,17 +11,21 @@ from ..masks import Causal
 from ..ranges import Range
 from ..units import format_bytes, format_seconds
 from .candidates import Candidate
-from .memory import TILE_TOKENS
+from .memory import MemoryTerm, total_bytes
 from .problem import Problem
 
 
 @dataclass(frozen=True, slots=True)
 class Budget:
-    """Bytes that the run may hold resident, where they come from, and the directory for states that do not fit."""
+    """Bytes that the run may hold resident, where they come from, and the directory for states that do not fit.
+
+    Where a GPU computes, ``memory_bytes`` bounds the GPU and ``host_bytes`` its host.
+    """
 
     memory_bytes: int
     origin: str
     scratch: str
+    host_bytes: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,7 +76,7 @@ class Plan:
     def identity(self) -> str:
         """A short name of everything that decides the bits: problem, cover, chunks, groups."""
         c = self.chosen
-        parts = (c.cover, c.query_parts, c.key_parts, c.batches, c.heads, TILE_TOKENS)
+        parts = (c.cover, c.query_parts, c.key_parts, c.batches, c.heads, c.tile_tokens)
         text = json.dumps([self.problem.to_dict(), self.device, parts], sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
@@ -129,13 +133,17 @@ class Plan:
         ]
 
     def _memory_lines(self) -> list[str]:
-        terms = [f"    {term.name:<24}{format_bytes(term.size_bytes):>12}" for term in self.chosen.terms]
+        terms = [_term_line(term) for term in self.chosen.terms]
         budget = f"{format_bytes(self.budget.memory_bytes)} ({self.budget.origin})"
-        return [
+        lines = [
             "  memory",
             *terms,
             f"    {'total':<24}{format_bytes(self.memory_bytes):>12}  of {budget}",
         ]
+        if self.chosen.host_terms:
+            lines += ["  host memory", *(_term_line(term) for term in self.chosen.host_terms)]
+            lines.append(f"    {'total':<24}{format_bytes(total_bytes(self.chosen.host_terms)):>12}")
+        return lines
 
     def _price_lines(self) -> list[str]:
         header = f"  {'price':<16}{'time':>12}{'inputs read':>14}{'states moved':>14}{'written':>12}{'disk space':>12}"
@@ -153,3 +161,7 @@ class Plan:
             f"{format_bytes(t.output_written_bytes):>12}", f"{format_bytes(disk):>12}",
         )  # fmt: skip
         return f"    {c.cover:<14}{''.join(cells)}  {remark}"
+
+
+def _term_line(term: MemoryTerm) -> str:
+    return f"    {term.name:<24}{format_bytes(term.size_bytes):>12}"

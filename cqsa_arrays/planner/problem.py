@@ -35,7 +35,8 @@ class Result:
     """What is handed out: its element type and where it goes ("new array", "array" of the caller's or "file").
 
     ``row_scalars`` is how many numbers a row has besides its vector: 1 with log-sum-exp, 2 for statistics (m and l).
-    ``holds_states``: whether unfinished rows may be accumulated in the result's own memory.
+    ``holds_states``: whether unfinished rows may be accumulated in the result's own memory; ``on_device``: it is an
+    array on the computing device.
     """
 
     dtype: str
@@ -45,6 +46,7 @@ class Result:
     staging_bytes: int
     description: str
     holds_states: bool = False
+    on_device: bool = False
 
 
 @dataclass(frozen=True, slots=True)

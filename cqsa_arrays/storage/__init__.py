@@ -4,6 +4,7 @@ Knows nothing of attention. Importing it imports no h5py: that happens when a fi
 """
 
 from .adapters import as_source
+from .device import DeviceSource
 from .hdf5 import DiskArray, OpenedFile, dataset, dataset_in, open_file, split_reference
 from .info import FileInfo, describe
 from .layout import LAYOUTS, Layout, Shape4, parse_layout
@@ -15,6 +16,7 @@ from .synthetic import InputSpec, make_inputs
 __all__ = [
     "LAYOUTS",
     "ArraySink",
+    "DeviceSource",
     "DiskArray",
     "FileInfo",
     "InputSpec",

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import importlib.util
 import sys
+from typing import Any
 
 import numpy as np
 
 from ..errors import ArgumentError
+from .device import DeviceSource
 from .dtypes import element_dtype
 from .hdf5 import DiskArray
 from .layout import parse_layout
 from .memory import HostSource, MemmapSource, memmap_below
 from .source import TokenSource
 
-EXPECTED = "a NumPy array, np.memmap, h5py dataset, an array of cqsa_arrays.open(), or one with DLPack on the CPU"
+EXPECTED = "a NumPy or CuPy array, np.memmap, h5py dataset, an array of cqsa_arrays.open(), or one with DLPack"
 _DLPACK_CPU = 1
 
 
@@ -31,11 +34,24 @@ def as_source(array: object, argument: str, layout: str | None = None) -> TokenS
     h5py = sys.modules.get("h5py")
     if h5py is not None and isinstance(array, h5py.Dataset):
         return _dataset_source(array, argument, layout)
+    on_device = _device_array(array)
+    if on_device is not None:
+        element_dtype(np.dtype(on_device.dtype), argument)
+        return DeviceSource(on_device, parse_layout(layout, on_device.ndim, argument), argument)
     host = _host_array(array, argument)
     element_dtype(host.dtype, argument)
     parsed = parse_layout(layout, host.ndim, argument)
     owner = memmap_below(host)
     return HostSource(host, parsed, argument) if owner is None else MemmapSource(host, parsed, argument, owner)
+
+
+def _device_array(array: object) -> Any:
+    """``array`` as a CuPy array over the same memory, or None where it is not on a GPU or CuPy is not installed."""
+    if not hasattr(array, "__cuda_array_interface__") or importlib.util.find_spec("cupy") is None:
+        return None
+    import cupy
+
+    return cupy.asarray(array)
 
 
 def _host_array(array: object, argument: str) -> np.ndarray:
@@ -62,7 +78,7 @@ def _host_array(array: object, argument: str) -> np.ndarray:
 
 
 def _on_a_device(array: object, argument: str) -> ArgumentError:
-    remedy = f"This version computes on the CPU: copy it with {argument}.get() or {argument}.cpu() first."
+    remedy = f"Install CuPy to compute there, or copy it with {argument}.get() or {argument}.cpu() first."
     return ArgumentError(argument, f"{_type_name(array)} on a GPU", EXPECTED, remedy)
 
 

@@ -44,7 +44,7 @@ class ArraySink:
     """A Sink over NumPy arrays: ``out`` in ``layout``, and ``lse`` (or None) with the axes ``layout.lse_name``."""
 
     def __init__(self, out: np.ndarray, lse: np.ndarray | None, layout: Layout) -> None:
-        self._out = layout.logical(out)
+        self.out = layout.logical(out)
         self._lse = None if lse is None else np.expand_dims(lse, tuple(range(3 - lse.ndim)))
 
     @property
@@ -52,7 +52,7 @@ class ArraySink:
         return 0
 
     def write_out(self, batch: Range, heads: Range, tokens: Range, block: np.ndarray) -> None:
-        np.copyto(self._out[batch.slice, heads.slice, tokens.slice], block, casting="same_kind")
+        np.copyto(self.out[batch.slice, heads.slice, tokens.slice], block, casting="same_kind")
 
     def write_lse(self, batch: Range, heads: Range, tokens: Range, block: np.ndarray) -> None:
         if self._lse is not None:

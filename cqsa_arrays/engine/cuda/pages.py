@@ -1,0 +1,149 @@
+"""Resident blocks of one input on a GPU: copied into a fixed number of slots, or used where they lie."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import cupy
+import numpy as np
+from cupy.cuda import runtime
+
+from ...planner import Group
+from ...ranges import Range
+from ...storage import DeviceSource, TokenSource
+from ...workers import Workers
+from .memory import Arena, PinnedPieces
+
+
+@dataclass(frozen=True, slots=True)
+class Link:
+    """What brings blocks to the device: reader threads, page-locked pieces, a stream for copies beside ``compute``."""
+
+    device: cupy.cuda.Device
+    arena: Arena
+    pieces: PinnedPieces | None
+    readers: Workers
+    copies: cupy.cuda.Stream
+    compute: cupy.cuda.Stream
+
+
+@dataclass(slots=True)
+class Slot:
+    """Memory for one block; ``used`` is recorded after the last kernel that reads it."""
+
+    memory: Any
+    used: cupy.cuda.Event
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """A piece of a block: its place in the source, and the first byte and the shape that it has in the slot."""
+
+    batch: Range
+    heads: Range
+    tokens: Range
+    offset: int
+    shape: tuple[int, int, int]  # as it lies in the slot: (heads, tokens, dim), or (tokens, heads, dim)
+
+
+class DevicePages:
+    """The blocks of ``source`` on the device: at most ``slots`` of at most ``tokens`` tokens of ``heads`` heads.
+
+    ``load`` returns at once with a block that is still on its way; whatever is then put on the compute stream comes after
+    it. A slot is not overwritten before the kernels that were launched before ``release`` have read it.
+    """
+
+    def __init__(self, source: TokenSource, link: Link, *, slots: int, tokens: int, heads: int) -> None:
+        self._source, self._link = source, link
+        self._in_place = isinstance(source, DeviceSource)
+        self._resident: OrderedDict[Range, Slot] = OrderedDict()
+        self._touched: list[Slot] = []
+        self._group: Group | None = None
+        count = 0 if self._in_place else slots
+        elements = link.arena.take((count, heads * tokens * source.shape[3]), source.dtype) if count else ()
+        self._free = [Slot(memory, cupy.cuda.Event(disable_timing=True)) for memory in elements]
+
+    def begin(self, group: Group) -> None:
+        """Serve the heads of ``group`` from now on."""
+        self._group = group
+        self._free += self._resident.values()
+        self._resident.clear()
+
+    def load(self, tokens: Range) -> Any:
+        """The block (batch, heads, tokens, dim) of the group; valid until ``slots`` other blocks were loaded."""
+        group = self._current
+        if self._in_place:
+            return self._source.view(group.batch, group.heads, tokens)
+        slot = self._resident.get(tokens)
+        if slot is None:
+            slot = self._free.pop(0) if self._free else self._resident.popitem(last=False)[1]
+            self._fill(slot, tokens)
+        self._resident[tokens] = slot
+        self._resident.move_to_end(tokens)
+        self._touched.append(slot)
+        return self._block(slot, tokens)
+
+    def release(self) -> None:
+        """The kernels that read the blocks loaded so far are launched."""
+        for slot in self._touched:
+            slot.used.record(self._link.compute)
+        self._touched.clear()
+
+    def prefetch(self, group: Group, tokens: Range) -> None:
+        """Ask the system to read a block ahead into the page cache, unless it is resident; for another thread."""
+        if not self._in_place and (group is not self._group or tokens not in self._resident):
+            self._source.prefetch(group.batch, group.heads, tokens)
+
+    @property
+    def _current(self) -> Group:
+        assert self._group is not None, "begin() comes first"
+        return self._group
+
+    def _fill(self, slot: Slot, tokens: Range) -> None:
+        """Read the block by several threads, piece by piece, each piece copied as soon as it is read."""
+        link, base = self._link, slot.memory.data.ptr
+        pieces = link.pieces
+        assert pieces is not None, "an input that is not on the device comes in pieces"
+        link.copies.wait_event(slot.used)
+
+        def bring(part: Part) -> None:
+            with link.device:
+                piece = pieces.borrow()
+                try:
+                    size_bytes = int(np.prod(part.shape)) * self._source.dtype.itemsize
+                    lying = piece.memory[:size_bytes].view(self._source.dtype).reshape(part.shape)
+                    logical = lying.swapaxes(0, 1) if self._source.token_major else lying
+                    self._source.read(part.batch, part.heads, part.tokens, logical[None])
+                    to_device = runtime.memcpyHostToDevice
+                    runtime.memcpyAsync(base + part.offset, lying.ctypes.data, size_bytes, to_device, link.copies.ptr)
+                    piece.done.record(link.copies)
+                finally:
+                    pieces.give_back(piece)
+
+        link.readers.run(self._parts(tokens, pieces.size_bytes), bring)
+        link.compute.wait_event(link.copies.record())
+
+    def _parts(self, tokens: Range, most_bytes: int) -> Iterator[Part]:
+        """The pieces of a block, each of which is contiguous in the slot."""
+        group, dim, itemsize = self._current, self._source.shape[3], self._source.dtype.itemsize
+        together = len(group.heads) if self._source.token_major else 1
+        row_bytes = together * dim * itemsize
+        offset = 0
+        for batch in group.batch.split(1):
+            for heads in group.heads.split(together):
+                for part in tokens.split(max(1, most_bytes // row_bytes)):
+                    lengths = (len(part), together) if self._source.token_major else (together, len(part))
+                    yield Part(batch, heads, part, offset, (*lengths, dim))
+                    offset += len(part) * row_bytes
+
+    def _block(self, slot: Slot, tokens: Range) -> Any:
+        """The slot's memory as a block, tokens outside heads where the source has them so."""
+        batch, heads = len(self._current.batch), len(self._current.heads)
+        dim = self._source.shape[3]
+        flat = slot.memory[: batch * heads * len(tokens) * dim]
+        if self._source.token_major:
+            return flat.reshape(batch, len(tokens), heads, dim).swapaxes(1, 2)
+        return flat.reshape(batch, heads, len(tokens), dim)

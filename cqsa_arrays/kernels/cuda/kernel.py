@@ -1,0 +1,140 @@
+"""The CUDA kernel family: one launch for one query block against its key blocks, on the current stream of CuPy.
+
+A row's arithmetic depends on the order and lengths of the key blocks alone, and nothing is added atomically: the same calls
+give the same bits.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import cupy
+import numpy as np
+
+from ...block_statistics import BlockStatistics
+from ...masks import UNBOUNDED_DIAGONAL
+from ...ranges import Range
+from ..base import KeyBlock
+from .call import MAX_PIECES, Finish, RowMask, pack_call
+from .source import flattened
+from .variants import Variant, choose_variant, simple_variant
+
+logger = logging.getLogger("cqsa_arrays")
+_PATIENCE_S = 0.7
+# Launches that may be under way: enough to keep the device busy, few enough that an interruption is soon heard.
+_LAUNCHES_AHEAD = 4
+# Keys accumulated from zero before one merge into the state: with plain float32 sums the error of a span grows with the root of its
+# length, that of the merges with the root of their number. Tensor cores truncate, but 16-bit elements do not show it.
+SPAN_KEYS = {"float16": 32768, "bfloat16": 32768, "float32": 1024, "float64": 32768}
+
+
+def load(variant: Variant) -> Any:
+    """The compiled kernel, on the current device; CuPy keeps it on disk by source, options and device."""
+    text = "compiling %s for %s (once; later runs load it from disk)"
+    note = threading.Timer(_PATIENCE_S, logger.info, [text, variant.source, variant.element])
+    note.daemon = True
+    note.start()
+    try:
+        module = cupy.RawModule(code=flattened(variant.source), options=variant.options)
+        function = module.get_function("attend")
+        function.max_dynamic_shared_size_bytes = variant.shared_bytes
+    finally:
+        note.cancel()
+    return function
+
+
+@dataclass(frozen=True, slots=True)
+class _Launch:
+    """A launch that is under way, and whom to tell when it is done."""
+
+    finished: cupy.cuda.Event
+    done: Callable[[Range], None]
+    rows: Range
+    times: int
+
+
+class CudaKernel:
+    """``Kernel`` on CuPy arrays of one element type; states are float32, or float64 for float64 elements."""
+
+    def __init__(self, dtype: str, *, head_dim: int, value_dim: int, scale: float) -> None:
+        capability = cupy.cuda.Device().compute_capability
+        version = int(capability[:-1]), int(capability[-1])
+        if scale > 0:
+            self.variant = choose_variant(dtype, head_dim, value_dim, version, split=False)
+        else:
+            self.variant = simple_variant(dtype)
+        self._function = load(self.variant)
+        self._span_keys = SPAN_KEYS[dtype]
+        self._launches: deque[_Launch] = deque()
+
+    def accumulate(
+        self,
+        queries: Any,
+        query_start: int,
+        blocks: Sequence[KeyBlock],
+        state: BlockStatistics,
+        *,
+        diagonal: int,
+        scale: float,
+        done: Callable[[Range], None],
+    ) -> None:
+        """See ``Kernel.accumulate``; returns when the work is on the stream, at most a few launches ahead of the device."""
+        mask = RowMask(-UNBOUNDED_DIAGONAL, diagonal)
+        for first in range(0, len(blocks), MAX_PIECES):
+            part = blocks[first : first + MAX_PIECES]
+            self._launch(
+                pack_call(
+                    queries,
+                    query_start,
+                    part,
+                    state,
+                    None,
+                    mask=mask,
+                    scale=scale,
+                    span_keys=self._span_keys,
+                    fresh=False,
+                )
+            )
+        rows = Range(query_start, query_start + queries.shape[2])
+        finished = cupy.cuda.Event(disable_timing=True)
+        finished.record()
+        self._launches.append(_Launch(finished, done, rows, queries.shape[0] * queries.shape[1]))
+        self._tell(_LAUNCHES_AHEAD)
+
+    def finish(self, state: BlockStatistics, out: Any, lse: Any | None) -> None:
+        """Write ``acc / l``, (batch, heads, rows, Dv), to ``out`` and the log-sum-exp, (batch, heads, rows), to ``lse``.
+
+        A launch without keys: what remains of a kernel is its end.
+        """
+        mask = RowMask(0, 0)
+        self._launch(
+            pack_call(
+                None, 0, (), state, Finish(out, lse), mask=mask, scale=1.0, span_keys=self._span_keys, fresh=False
+            )
+        )
+
+    def drain(self) -> None:
+        """Wait for everything that was launched."""
+        self._tell(0)
+
+    def close(self) -> None:
+        """Nothing to release: the compiled kernel belongs to CuPy."""
+
+    def _launch(self, call: np.ndarray) -> None:
+        entry = call[0]
+        row_blocks = -(-int(entry["query_tokens"]) // self.variant.block_rows)
+        grid = row_blocks * int(entry["heads"]) * int(entry["batches"])
+        self._function((grid,), (self.variant.threads,), (call,), shared_mem=self.variant.shared_bytes)
+
+    def _tell(self, ahead: int) -> None:
+        """Report the launches that are done; wait until at most ``ahead`` are under way."""
+        while self._launches and (len(self._launches) > ahead or self._launches[0].finished.done):
+            launch = self._launches.popleft()
+            launch.finished.synchronize()
+            for _ in range(launch.times):
+                launch.done(launch.rows)
