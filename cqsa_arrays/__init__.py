@@ -36,8 +36,9 @@ _HOMES = {
 _HOME_OF = {name: module for module, names in _HOMES.items() for name in names}
 
 __all__ = [
-    "ArgumentError", "BlockStatistics", "BudgetError", "CqsaError", "DeviceError", "ErrorReport", "Options", "Plan", "StorageError",
-    "Tolerance", "__version__", "attention", "causal", "compare", "merge", "open", "plan", "statistics", "verify",
+    "ArgumentError", "BlockStatistics", "BudgetError", "CqsaError", "DeviceError", "ErrorReport", "Options", "Plan",
+    "StorageError", "Tolerance", "__version__", "attention", "causal", "compare", "merge", "open", "plan", "statistics",
+    "verify",
 ]  # fmt: skip
 
 

@@ -30,8 +30,8 @@ class Gpu:
 def resolve_device(device: object, arrays_on: set[int]) -> Gpu | None:
     """The GPU that computes, or None for the CPU.
 
-    ``arrays_on`` are the numbers of the GPUs that hold inputs or outputs: those compute, and "auto" otherwise takes GPU 0
-    where CuPy finds one that is new enough. Raises ArgumentError for a device that is not there or cannot be used.
+    ``arrays_on`` are the numbers of the GPUs that hold inputs or outputs: those compute, and "auto" otherwise takes GPU
+    0 where CuPy finds one that is new enough. Raises ArgumentError for a device that is not there or cannot be used.
     """
     match = re.fullmatch(r"cuda(?::(\d+))?", device) if isinstance(device, str) else None
     if device not in ("auto", "cpu") and match is None:

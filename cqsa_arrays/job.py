@@ -85,7 +85,7 @@ def prepared(request: Request, *, as_statistics: bool = False) -> Iterator[Job]:
 
 
 def _stays(request: Request) -> bool:
-    """Whether the result is an array on the device: the caller's ``out``, or a new one beside queries that are there."""
+    """Whether the result is an array on the device: the caller's ``out``, or a new one beside queries there."""
     model = request.q if request.out is None else request.out
     return hasattr(model, "__cuda_array_interface__")
 

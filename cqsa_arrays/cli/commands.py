@@ -30,7 +30,7 @@ def attend(arguments: Namespace) -> bool:
                 f"{format_seconds(report.elapsed_s)}, {rate:.1f} GFLOP/s, {job.plan.cover_name} cover,"
                 f" read {format_bytes(report.input_read_bytes)},"
                 f" moved {format_bytes(report.state_moved_bytes)} of states,"
-                f" held at most {format_bytes(job.plan.memory_bytes)}"
+                f" held at most {format_bytes(job.plan.memory_bytes)} on {job.plan.device}"
             )
             print(f"check it: cqsa verify {arguments.out}")
     return True

@@ -59,6 +59,8 @@ def run(plan: Plan, inputs: Inputs, results: Results, progress: Progress) -> Run
                 ahead.request(upcoming)  # only now is it known which blocks this step has driven out
                 _attend(plan, resident, work.step, *blocks, progress)
                 resident.computed()
+                if upcoming is not None and upcoming.step is not None:
+                    resident.preload(upcoming.group, upcoming.step)
             if work.ends_task is not None:
                 for rows in cover.finished_by(work.ends_task):
                     resident.results.take(work.group, rows, resident.states.load(rows), in_place=in_place)

@@ -71,6 +71,9 @@ class Resident:
             self.keys.prefetch(group, tokens)
             self.values.prefetch(group, tokens)
 
+    def preload(self, group: Group, step: Step) -> None:
+        """Bring the blocks of the next step over while this one computes, where that is another memory."""
+
     def drain(self) -> None:
         """Wait for work that is under way."""
 

@@ -208,7 +208,7 @@ def _unnamed_file(directory: str) -> int:
 
 
 def open_states(plan: Plan, home: np.ndarray | None, take: Allocator = allocate) -> StateStore:
-    """The store that ``plan`` asks for; ``home`` as in ``ResidentStates``; ``take(elements, dtype)`` gives its memory."""
+    """The store that ``plan`` asks for; ``home`` as in ``ResidentStates``; ``take(elements, dtype)`` gives memory."""
     chosen, problem = plan.chosen, plan.problem
     heads, dim, dtype = chosen.batches * chosen.heads, problem.value_dim, problem.compute_dtype
     if chosen.states_on_disk:

@@ -27,6 +27,8 @@ from .problem import Problem
 MOST_CHUNKS = 1 << 20
 # What finding the difference set and the owners of its pairs takes for each chunk.
 CHUNK_TABLE_BYTES = 32
+# A GPU waits for its first blocks, so that smaller ones can pay: this many sizes that fit are priced.
+DEVICE_CHOICES = 8
 # Longest key block of the rectangular cover.
 KEY_BLOCK_TOKENS = 1 << 20
 
@@ -106,8 +108,10 @@ def cqs_candidate(problem: Problem, machine: Machine, group: tuple[int, int], on
     queries, keys = (Cut(n, chunks, machine.tile_tokens) for n in (problem.query_tokens, problem.key_tokens))
     state_rows = queries.longest if on_disk else problem.query_tokens
     row_bytes = state_row_bytes(problem, in_result=problem.result.holds_states and not on_disk)
-    # A GPU copies the next task's chunks while it computes; two tasks have one chunk in common.
-    key_slots, query_slots = (2 * size - 1, 2) if machine.gpu and chunks > 1 else (size, 1)
+    key_slots, query_slots = size, 1
+    if machine.gpu and (chunks > 1 or heads < problem.batch * problem.heads):
+        # It copies what comes next while it computes: of the next task, two of which have one chunk in common.
+        key_slots, query_slots = max(2, 2 * size - 1), 2
     residency = Residency(
         heads, queries.longest, keys.longest, key_slots, state_rows, row_bytes, chunks * CHUNK_TABLE_BYTES,
         machine.threads, query_slots,
@@ -130,11 +134,13 @@ def rectangular_candidate(
         for n, part in zip((problem.query_tokens, problem.key_tokens), parts, strict=True)
     )
     row_bytes = state_row_bytes(problem)
-    key_slots, query_slots = (min(3, parts[1]), min(2, query_parts)) if machine.gpu else (1, 1)
+    groups = problem.batch * problem.heads / heads
+    # A GPU copies the next blocks while it computes.
+    key_slots = min(3, int(parts[1] * groups)) if machine.gpu else 1
+    query_slots = min(2, int(query_parts * groups)) if machine.gpu else 1
     residency = Residency(
         heads, queries.longest, keys.longest, key_slots, queries.longest, row_bytes, 0, machine.threads, query_slots
     )
-    groups = problem.batch * problem.heads / heads
     passes = min(query_parts, _key_passes(problem, *parts)) if parts[1] > 1 else 1.0
     work = Work(1.0, passes, 0.0, int(groups * parts[0] * parts[1]), queries.longest)
     return _priced("rectangular", problem, machine, group, parts, False, residency, work)
@@ -155,7 +161,7 @@ def _priced(
     if machine.gpu:
         return Candidate(
             cover, *parts, *group, on_disk, residency, device_terms(problem, residency), moved, scratch,
-            estimate_device_s(problem, work, moved, machine.rates, machine.cache_bytes),
+            estimate_device_s(problem, residency, work, moved, machine.rates, machine.cache_bytes),
             machine.tile_tokens, host_terms(problem, residency),
         )  # fmt: skip
     return Candidate(
@@ -177,7 +183,9 @@ def cqs_candidates(problem: Problem, machine: Machine, budget_bytes: int, chunks
     for group, on_disk in product(head_groups(problem), (False,) if machine.gpu else (False, True)):
         # Not by bisection: where chunks are a few tiles long, more of them can need more memory.
         candidates = (cqs_candidate(problem, machine, group, on_disk, count) for count in counts)
-        yield from islice((c for c in candidates if c.memory_bytes <= budget_bytes), 1)
+        yield from islice(
+            (c for c in candidates if c.memory_bytes <= budget_bytes), DEVICE_CHOICES if machine.gpu else 1
+        )
 
 
 def rectangular_candidates(problem: Problem, machine: Machine, budget_bytes: int) -> Iterator[Candidate]:
@@ -189,7 +197,7 @@ def rectangular_candidates(problem: Problem, machine: Machine, budget_bytes: int
             for block in _key_blocks(problem, machine, budget_bytes)
         )
         found = (_first_fitting(parts, build, budget_bytes) for build in builds)
-        yield from islice((candidate for candidate in found if candidate is not None), 1)
+        yield from islice((c for c in found if c is not None), DEVICE_CHOICES if machine.gpu else 1)
 
 
 def _key_blocks(problem: Problem, machine: Machine, budget_bytes: int) -> list[int]:

@@ -22,7 +22,9 @@ class Rates:
     device_flops: tuple[tuple[str, float], ...] = (
         ("float16", 300e12), ("bfloat16", 300e12), ("float32", 40e12), ("float64", 35e12),
     )  # fmt: skip
+    device_wave_rows: int = 132 * 256
     link_bytes: float = 50e9
+    copied_bytes: float = 20e9
     launch_s: float = 2e-5
 
     def flops(self, dtype: str, threads: int) -> float:
@@ -84,11 +86,27 @@ def estimate_s(
     return max(compute_s, disk_s) + copies_s + first_s + work.steps * rates.step_s
 
 
-def estimate_device_s(problem: Problem, work: Work, moved: Traffic, rates: Rates, cache_bytes: int) -> float:
-    """Seconds on a GPU: arithmetic, the link and the disk work side by side; launches do not."""
+def estimate_device_s(
+    problem: Problem, residency: Residency, work: Work, moved: Traffic, rates: Rates, cache_bytes: int
+) -> float:
+    """Seconds on a GPU: arithmetic, link and disk side by side; then what nothing hides.
+
+    That is the way of the first blocks to the device and of the last rows from it, and for each launch the half wave of
+    row blocks that its end leaves idle on average.
+    """
     once = problem.q.file_bytes + problem.k.file_bytes + problem.v.file_bytes
     disk_read = min(once, moved.input_read_bytes) if once <= cache_bytes else moved.input_read_bytes
     disk_s = disk_read / rates.disk_read_bytes + moved.output_written_bytes / rates.disk_write_bytes
-    link_s = (moved.input_read_bytes + problem.output_bytes) / rates.link_bytes
+    output_bytes = 0 if problem.result.on_device else problem.output_bytes
+    link_s = (moved.input_read_bytes + output_bytes) / rates.link_bytes
     compute_s = problem.flops / dict(rates.device_flops)[problem.q.dtype]
-    return max(compute_s, disk_s, link_s) + work.steps * rates.launch_s
+    idle = 0.5 * rates.device_wave_rows / (residency.heads * min(work.rows_per_step, problem.query_tokens))
+    first_tokens = {"q": residency.query_chunk, "k": residency.key_chunk, "v": residency.key_chunk}
+    first_bytes = sum(
+        operand.file_bytes / (problem.batch * problem.heads * operand.shape[2]) * residency.heads * first_tokens[name]
+        for name, operand in (("q", problem.q), ("k", problem.k), ("v", problem.v))
+    )
+    last_bytes = output_bytes / (problem.batch * problem.heads * problem.query_tokens)
+    last_bytes *= residency.heads * residency.state_rows
+    ends_s = (first_bytes + last_bytes) / rates.copied_bytes
+    return max(compute_s * (1 + idle), disk_s, link_s) + ends_s + work.steps * rates.launch_s

@@ -83,29 +83,33 @@ def memory_terms(problem: Problem, residency: Residency) -> tuple[MemoryTerm, ..
     return tuple(term for term in terms if term.size_bytes)
 
 
-def device_output_rows(problem: Problem, heads: int) -> int:
-    """Rows of ``heads`` heads of one batch entry that leave the device together."""
-    return max(1, DEVICE_OUTPUT_BYTES // (heads * _output_row_bytes(problem)))
+@dataclass(frozen=True, slots=True)
+class OutputSlot:
+    """One of the places through which finished rows leave the device: ``rows`` of ``heads`` heads of one batch."""
+
+    heads: int
+    rows: int
+    size_bytes: int
 
 
-def _output_row_bytes(problem: Problem) -> int:
-    return problem.value_dim * problem.result.itemsize + problem.compute_itemsize
+def output_slot(problem: Problem, residency: Residency) -> OutputSlot:
+    """Large enough for the link, no larger than a chunk."""
+    heads = min(residency.heads, problem.heads)
+    row_bytes = heads * (problem.value_dim * problem.result.itemsize + problem.compute_itemsize)
+    rows = min(max(1, DEVICE_OUTPUT_BYTES // row_bytes), residency.query_chunk)
+    return OutputSlot(heads, rows, _whole(rows * row_bytes))
 
 
 def device_terms(problem: Problem, residency: Residency) -> tuple[MemoryTerm, ...]:
     """The table of a run on a GPU: what is allocated there. Inputs and results that live there are the caller's."""
     r = residency
     key_rows, query_rows = r.heads * r.key_chunk * r.key_slots, r.heads * r.query_chunk * r.query_slots
-    heads = min(r.heads, problem.heads)
-    rows = (
-        0 if problem.result.on_device else OUTPUT_SLOTS * heads * min(device_output_rows(problem, heads), r.query_chunk)
-    )
     terms = (
         MemoryTerm("key chunks", 0 if problem.k.in_place else key_rows * problem.head_dim * problem.k.itemsize),
         MemoryTerm("value chunks", 0 if problem.v.in_place else key_rows * problem.value_dim * problem.v.itemsize),
         MemoryTerm("query chunks", 0 if problem.q.in_place else query_rows * problem.head_dim * problem.q.itemsize),
         MemoryTerm("states", r.heads * r.state_rows * r.state_row_bytes),
-        MemoryTerm("output pieces", rows * _output_row_bytes(problem)),
+        MemoryTerm("output pieces", _outgoing_bytes(problem, r)),
     )
     return tuple(MemoryTerm(t.name, _whole(t.size_bytes)) for t in terms if t.size_bytes)
 
@@ -113,19 +117,17 @@ def device_terms(problem: Problem, residency: Residency) -> tuple[MemoryTerm, ..
 def host_terms(problem: Problem, residency: Residency) -> tuple[MemoryTerm, ...]:
     """What a run on a GPU allocates on the host."""
     r, operands = residency, (problem.q, problem.k, problem.v)
-    heads = min(r.heads, problem.heads)
-    rows = (
-        0 if problem.result.on_device else OUTPUT_SLOTS * heads * min(device_output_rows(problem, heads), r.query_chunk)
-    )
     streamed = [operand for operand in operands if not operand.in_place]
     terms = (
         MemoryTerm("page-locked pieces", PINNED_PIECES * PINNED_PIECE_BYTES if streamed else 0),
-        MemoryTerm("page-locked output", rows * _output_row_bytes(problem)),
+        MemoryTerm("page-locked output", _outgoing_bytes(problem, r)),
         MemoryTerm("read and write staging", _staging_bytes(problem)),
         MemoryTerm("threads", (READER_THREADS + 2) * THREAD_BYTES),
         MemoryTerm("caches of the inputs", sum(operand.held_bytes for operand in operands)),
         MemoryTerm("cover", r.cover_bytes),
-        MemoryTerm("result", problem.output_bytes if problem.result.place == "new array" and rows else 0),
+        MemoryTerm(
+            "result", 0 if problem.result.on_device or problem.result.place != "new array" else problem.output_bytes
+        ),
     )
     return tuple(term for term in terms if term.size_bytes)
 
@@ -133,6 +135,10 @@ def host_terms(problem: Problem, residency: Residency) -> tuple[MemoryTerm, ...]
 def _staging_bytes(problem: Problem) -> int:
     inputs = max(operand.staging_bytes for operand in (problem.q, problem.k, problem.v))
     return READER_THREADS * inputs + problem.result.staging_bytes
+
+
+def _outgoing_bytes(problem: Problem, residency: Residency) -> int:
+    return 0 if problem.result.on_device else OUTPUT_SLOTS * output_slot(problem, residency).size_bytes
 
 
 def _whole(size_bytes: int) -> int:

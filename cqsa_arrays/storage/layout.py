@@ -42,7 +42,7 @@ class Layout:
         (1, 2, 10, 64)
         """
         view = array.transpose([self.name.index(axis) for axis in LOGICAL_AXES if axis in self.name])
-        return np.expand_dims(view, [i for i, axis in enumerate(LOGICAL_AXES) if axis not in self.name])
+        return np.expand_dims(view, tuple(i for i, axis in enumerate(LOGICAL_AXES) if axis not in self.name))
 
     def physical(self, block: np.ndarray) -> np.ndarray:
         """View of ``block``, (batch, heads, tokens, head_dim), in this layout: the inverse of ``logical``."""

@@ -108,7 +108,7 @@ def every_candidate(one: Problem, cover: str, machine: Machine = MACHINE) -> Ite
     """Every way to run ``one`` with ``cover`` that the planner may consider, whatever it needs; not just a few."""
     for group in head_groups(one):
         if cover != "rectangular":
-            for chunks in chunk_counts(one):
+            for chunks in chunk_counts(one, machine):
                 for on_disk in (False, True):
                     yield cqs_candidate(one, machine, group, on_disk, chunks)
         if cover != "cqs":

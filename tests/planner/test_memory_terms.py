@@ -164,7 +164,7 @@ def test_the_first_number_of_chunks_that_fits_is_found_where_more_chunks_need_mo
     """7 chunks of 14 tiles hold 3 x 2 of them, 13 chunks 4 x 2: a search by halves would miss the 7."""
     one = problem(queries=count * 96)
     assert chunk_violations(one) != []
-    group, counts = head_groups(one)[-1], chunk_counts(one)
+    group, counts = head_groups(one)[-1], chunk_counts(one, MACHINE)
     needs = [cqs_candidate(one, MACHINE, group, False, c).memory_bytes for c in counts]
     for budget in needs:
         found = [c.query_parts for c in cqs_candidates(one, MACHINE, budget, None) if not c.states_on_disk]

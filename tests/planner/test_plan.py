@@ -105,7 +105,12 @@ def test_json_keeps_every_number(one, cover) -> None:
     assert found["identity"] == plan.identity
     assert found["memory_bytes"] == plan.memory_bytes == sum(t["size_bytes"] for t in found["chosen"]["terms"])
     assert found["flops"] == one.flops
-    assert found["budget"] == {"memory_bytes": 5 << 30, "origin": f"memory={5 << 30}", "scratch": "/scratch"}
+    assert found["budget"] == {
+        "memory_bytes": 5 << 30,
+        "origin": f"memory={5 << 30}",
+        "scratch": "/scratch",
+        "host_bytes": None,
+    }
     assert found["problem"]["scale"] == one.scale
     assert found["problem"]["q"]["shape"] == list(one.q.shape)
     assert mask_from_dict(found["problem"]["mask"]) == one.mask

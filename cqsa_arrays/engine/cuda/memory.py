@@ -8,11 +8,13 @@ from typing import Any
 
 import cupy
 import numpy as np
-from cupy.cuda.runtime import CUDARuntimeError, cudaErrorMemoryAllocation
+from cupy.cuda.runtime import CUDARuntimeError
 
 from ...errors import DeviceMemoryError
 from ...planner.memory import DEVICE_ALIGNMENT
 from ...units import format_bytes
+
+_OUT_OF_MEMORY = 2  # cudaErrorMemoryAllocation
 
 
 class Arena:
@@ -25,7 +27,7 @@ class Arena:
         try:
             self._memory = cupy.cuda.Memory(max(size_bytes, DEVICE_ALIGNMENT))
         except CUDARuntimeError as error:
-            if error.status != cudaErrorMemoryAllocation:
+            if error.status != _OUT_OF_MEMORY:
                 raise
             free = int(cupy.cuda.runtime.memGetInfo()[0])
             message = f"memory: {format_bytes(size_bytes)} were planned, the device has {format_bytes(free)} left."
@@ -47,6 +49,12 @@ class Arena:
         del self._memory
 
 
+def pinned(size_bytes: int) -> np.ndarray:
+    """Page-locked bytes of their own; CuPy's pool of them only grows."""
+    pointer = cupy.cuda.PinnedMemoryPointer(cupy.cuda.PinnedMemory(size_bytes), 0)
+    return np.frombuffer(pointer, np.uint8, size_bytes)
+
+
 @dataclass(slots=True)
 class Piece:
     """Page-locked bytes; ``done`` is recorded after the copy that uses them."""
@@ -62,9 +70,7 @@ class PinnedPieces:
         self.size_bytes = size_bytes
         self._free: queue.Queue[Piece] = queue.Queue()
         for _ in range(count):
-            pointer = cupy.cuda.PinnedMemoryPointer(cupy.cuda.PinnedMemory(size_bytes), 0)
-            memory = np.frombuffer(pointer, np.uint8, size_bytes)
-            self._free.put(Piece(memory, cupy.cuda.Event(disable_timing=True)))
+            self._free.put(Piece(pinned(size_bytes), cupy.cuda.Event(disable_timing=True)))
 
     def borrow(self) -> Piece:
         """A piece that nothing uses any more; waits for one."""

@@ -52,14 +52,14 @@ class Part:
 class DevicePages:
     """The blocks of ``source`` on the device: at most ``slots`` of at most ``tokens`` tokens of ``heads`` heads.
 
-    ``load`` returns at once with a block that is still on its way; whatever is then put on the compute stream comes after
-    it. A slot is not overwritten before the kernels that were launched before ``release`` have read it.
+    ``load`` returns at once with a block that is still on its way; whatever is then put on the compute stream comes
+    after it. A slot is not overwritten before the kernels that were launched before ``release`` have read it.
     """
 
     def __init__(self, source: TokenSource, link: Link, *, slots: int, tokens: int, heads: int) -> None:
         self._source, self._link = source, link
         self._in_place = isinstance(source, DeviceSource)
-        self._resident: OrderedDict[Range, Slot] = OrderedDict()
+        self._resident: OrderedDict[tuple[Group, Range], Slot] = OrderedDict()
         self._touched: list[Slot] = []
         self._group: Group | None = None
         count = 0 if self._in_place else slots
@@ -67,24 +67,30 @@ class DevicePages:
         self._free = [Slot(memory, cupy.cuda.Event(disable_timing=True)) for memory in elements]
 
     def begin(self, group: Group) -> None:
-        """Serve the heads of ``group`` from now on."""
+        """Serve the heads of ``group`` from now on; blocks of another one give way when their slots are needed."""
         self._group = group
-        self._free += self._resident.values()
-        self._resident.clear()
 
     def load(self, tokens: Range) -> Any:
         """The block (batch, heads, tokens, dim) of the group; valid until ``slots`` other blocks were loaded."""
         group = self._current
         if self._in_place:
             return self._source.view(group.batch, group.heads, tokens)
-        slot = self._resident.get(tokens)
-        if slot is None:
-            slot = self._free.pop(0) if self._free else self._resident.popitem(last=False)[1]
-            self._fill(slot, tokens)
-        self._resident[tokens] = slot
-        self._resident.move_to_end(tokens)
+        slot = self._bring(group, tokens)
         self._touched.append(slot)
-        return self._block(slot, tokens)
+        return self._block(slot, group, tokens)
+
+    def preload(self, group: Group, tokens: Range) -> None:
+        """Have a block copied that is loaded next, unless it is here."""
+        if not self._in_place:
+            self._bring(group, tokens)
+
+    def _bring(self, group: Group, tokens: Range) -> Slot:
+        slot = self._resident.pop((group, tokens), None)
+        if slot is None:
+            slot = self._free.pop() if self._free else self._resident.popitem(last=False)[1]
+            self._fill(slot, group, tokens)
+        self._resident[group, tokens] = slot
+        return slot
 
     def release(self) -> None:
         """The kernels that read the blocks loaded so far are launched."""
@@ -94,7 +100,7 @@ class DevicePages:
 
     def prefetch(self, group: Group, tokens: Range) -> None:
         """Ask the system to read a block ahead into the page cache, unless it is resident; for another thread."""
-        if not self._in_place and (group is not self._group or tokens not in self._resident):
+        if not self._in_place and (group, tokens) not in self._resident:
             self._source.prefetch(group.batch, group.heads, tokens)
 
     @property
@@ -102,7 +108,7 @@ class DevicePages:
         assert self._group is not None, "begin() comes first"
         return self._group
 
-    def _fill(self, slot: Slot, tokens: Range) -> None:
+    def _fill(self, slot: Slot, group: Group, tokens: Range) -> None:
         """Read the block by several threads, piece by piece, each piece copied as soon as it is read."""
         link, base = self._link, slot.memory.data.ptr
         pieces = link.pieces
@@ -123,12 +129,12 @@ class DevicePages:
                 finally:
                     pieces.give_back(piece)
 
-        link.readers.run(self._parts(tokens, pieces.size_bytes), bring)
+        link.readers.run(self._parts(group, tokens, pieces.size_bytes), bring)
         link.compute.wait_event(link.copies.record())
 
-    def _parts(self, tokens: Range, most_bytes: int) -> Iterator[Part]:
+    def _parts(self, group: Group, tokens: Range, most_bytes: int) -> Iterator[Part]:
         """The pieces of a block, each of which is contiguous in the slot."""
-        group, dim, itemsize = self._current, self._source.shape[3], self._source.dtype.itemsize
+        dim, itemsize = self._source.shape[3], self._source.dtype.itemsize
         together = len(group.heads) if self._source.token_major else 1
         row_bytes = together * dim * itemsize
         offset = 0
@@ -139,9 +145,9 @@ class DevicePages:
                     yield Part(batch, heads, part, offset, (*lengths, dim))
                     offset += len(part) * row_bytes
 
-    def _block(self, slot: Slot, tokens: Range) -> Any:
+    def _block(self, slot: Slot, group: Group, tokens: Range) -> Any:
         """The slot's memory as a block, tokens outside heads where the source has them so."""
-        batch, heads = len(self._current.batch), len(self._current.heads)
+        batch, heads = len(group.batch), len(group.heads)
         dim = self._source.shape[3]
         flat = slot.memory[: batch * heads * len(tokens) * dim]
         if self._source.token_major:

@@ -9,10 +9,11 @@ from dataclasses import dataclass
 import cupy
 from cupy.cuda.runtime import CUDARuntimeError
 
+from ...cover import Step
 from ...errors import DeviceError
 from ...kernels.cuda.kernel import CudaKernel
-from ...planner import Plan
-from ...planner.memory import OUTPUT_SLOTS, PINNED_PIECE_BYTES, PINNED_PIECES, READER_THREADS, device_output_rows
+from ...planner import Group, Plan
+from ...planner.memory import PINNED_PIECE_BYTES, PINNED_PIECES, READER_THREADS, output_slot
 from ...storage import ArraySink, DeviceSource
 from ...storage.dtypes import SUPPORTED
 from ...workers import Workers
@@ -36,6 +37,13 @@ class DeviceResident(Resident):
     def computed(self) -> None:
         for pages in (self.queries, self.keys, self.values):
             pages.release()
+
+    def preload(self, group: Group, step: Step) -> None:
+        """Nothing of the step that is computed gives way: its blocks were used last."""
+        self.queries.preload(group, step.queries)
+        for tokens in step.keys:
+            self.keys.preload(group, tokens)
+            self.values.preload(group, tokens)
 
     def drain(self) -> None:
         self.kernel.drain()
@@ -79,12 +87,10 @@ def _outgoing(
     if problem.result.on_device:
         assert isinstance(results.sink, ArraySink)
         return DeviceArrayOutput(results.sink.out, kernel)
-    heads = min(plan.chosen.residency.heads, problem.heads)
-    rows = min(device_output_rows(problem, heads), plan.chosen.residency.query_chunk)
+    slot = output_slot(problem, plan.chosen.residency)
     return DeviceOutput(
-        results.sink, kernel, link, piece_rows=rows, heads=heads, dim=problem.value_dim,
-        dtype=SUPPORTED[problem.result.dtype], ways=OUTPUT_SLOTS,
-    )  # fmt: skip
+        results.sink, kernel, link, slot, value_dim=problem.value_dim, dtype=SUPPORTED[problem.result.dtype]
+    )
 
 
 @contextmanager

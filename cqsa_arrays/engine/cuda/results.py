@@ -15,15 +15,17 @@ from cupy.cuda import runtime
 from ...block_statistics import BlockStatistics
 from ...kernels.cuda.kernel import CudaKernel
 from ...planner import Group
+from ...planner.memory import OUTPUT_SLOTS, OutputSlot
 from ...ranges import Range
 from ...storage import Sink
 from ..results import StatisticsResults
+from .memory import pinned
 from .pages import Link
 
 
 @dataclass(slots=True)
 class Way:
-    """One way out: memory on the device, page-locked memory of the same size, and the event of the copy between them."""
+    """One way out: memory on the device, page-locked memory of the same size, the event of the copy between them."""
 
     device: Any
     host: np.ndarray
@@ -31,25 +33,17 @@ class Way:
 
 
 class DeviceOutput:
-    """Writes output and log-sum-exp to a sink on the host, in pieces of ``piece_rows`` rows; several are under way."""
+    """Writes output and log-sum-exp to a sink on the host, in pieces of ``slot.rows`` rows; several are under way."""
 
     def __init__(
-        self,
-        sink: Sink,
-        kernel: CudaKernel,
-        link: Link,
-        *,
-        piece_rows: int,
-        heads: int,
-        dim: int,
-        dtype: Any,
-        ways: int,
+        self, sink: Sink, kernel: CudaKernel, link: Link, slot: OutputSlot, *, value_dim: int, dtype: np.dtype
     ) -> None:
-        self._sink, self._kernel, self._link, self._piece_rows = sink, kernel, link, piece_rows
-        self._dim, self._dtype = dim, np.dtype(dtype)
+        self._sink, self._kernel, self._link, self._piece_rows = sink, kernel, link, slot.rows
+        self._dim, self._dtype = value_dim, dtype
         self._out = cupy.cuda.Stream(non_blocking=True)
         self._writer = ThreadPoolExecutor(1, thread_name_prefix="cqsa-output")
-        self._free = [self._new_way(heads * piece_rows) for _ in range(ways)]
+        memory = link.arena.take((OUTPUT_SLOTS, slot.size_bytes), np.uint8)
+        self._free = [Way(part, pinned(slot.size_bytes), cupy.cuda.Event(disable_timing=True)) for part in memory]
         self._under_way: deque[tuple[Way, Future[None]]] = deque()
         self.home: np.ndarray | None = None
 
@@ -68,12 +62,6 @@ class DeviceOutput:
     def close(self) -> None:
         """Stop writing; what is under way is finished, for it reads memory that is given back next."""
         self._writer.shutdown()
-
-    def _new_way(self, rows: int) -> Way:
-        size_bytes = rows * (self._dim * self._dtype.itemsize + self._state_itemsize)
-        pointer = cupy.cuda.PinnedMemoryPointer(cupy.cuda.PinnedMemory(size_bytes), 0)
-        host = np.frombuffer(pointer, np.uint8, size_bytes)
-        return Way(self._link.arena.take(size_bytes, np.uint8), host, cupy.cuda.Event(disable_timing=True))
 
     @property
     def _state_itemsize(self) -> int:

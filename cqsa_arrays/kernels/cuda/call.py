@@ -40,7 +40,7 @@ class RowMask:
 
 @dataclass(frozen=True, slots=True)
 class Finish:
-    """Where finished rows go: ``out`` (batch, heads, rows, Dv) of any float type, ``lse`` (batch, heads, rows) or None."""
+    """Where finished rows go: ``out`` (batch, heads, rows, Dv) of any float type, ``lse`` (batch, heads, rows)."""
 
     out: Any
     lse: Any | None

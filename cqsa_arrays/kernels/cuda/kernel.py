@@ -1,7 +1,7 @@
 """The CUDA kernel family: one launch for one query block against its key blocks, on the current stream of CuPy.
 
-A row's arithmetic depends on the order and lengths of the key blocks alone, and nothing is added atomically: the same calls
-give the same bits.
+A row's arithmetic depends on the order and lengths of the key blocks alone, and nothing is added atomically: the same
+calls give the same bits.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ logger = logging.getLogger("cqsa_arrays")
 _PATIENCE_S = 0.7
 # Launches that may be under way: enough to keep the device busy, few enough that an interruption is soon heard.
 _LAUNCHES_AHEAD = 4
-# Keys accumulated from zero before one merge into the state: with plain float32 sums the error of a span grows with the root of its
-# length, that of the merges with the root of their number. Tensor cores truncate, but 16-bit elements do not show it.
+# Keys accumulated from zero before one merge into the state. The error of a float32 sum grows with the root of its
+# length, that of the merges with the root of their number; 16-bit elements do not show either.
 SPAN_KEYS = {"float16": 32768, "bfloat16": 32768, "float32": 1024, "float64": 32768}
 
 
@@ -65,7 +65,7 @@ class CudaKernel:
         capability = cupy.cuda.Device().compute_capability
         version = int(capability[:-1]), int(capability[-1])
         if scale > 0:
-            self.variant = choose_variant(dtype, head_dim, value_dim, version, split=False)
+            self.variant = choose_variant(dtype, head_dim, value_dim, version, split=True)
         else:
             self.variant = simple_variant(dtype)
         self._function = load(self.variant)
@@ -83,7 +83,7 @@ class CudaKernel:
         scale: float,
         done: Callable[[Range], None],
     ) -> None:
-        """See ``Kernel.accumulate``; returns when the work is on the stream, at most a few launches ahead of the device."""
+        """See ``Kernel.accumulate``; returns when the work is on the stream, a few launches ahead of the device."""
         mask = RowMask(-UNBOUNDED_DIAGONAL, diagonal)
         for first in range(0, len(blocks), MAX_PIECES):
             part = blocks[first : first + MAX_PIECES]
@@ -107,7 +107,7 @@ class CudaKernel:
         self._tell(_LAUNCHES_AHEAD)
 
     def finish(self, state: BlockStatistics, out: Any, lse: Any | None) -> None:
-        """Write ``acc / l``, (batch, heads, rows, Dv), to ``out`` and the log-sum-exp, (batch, heads, rows), to ``lse``.
+        """Write ``acc / l``, (batch, heads, rows, Dv), to ``out`` and the log-sum-exp, (batch, heads, rows) to ``lse``.
 
         A launch without keys: what remains of a kernel is its end.
         """

@@ -155,8 +155,8 @@ def choose_variant(dtype: str, head_dim: int, value_dim: int, capability: tuple[
             shared_bytes=88064, blocks=2)
     """
     if capability < OLDEST:
-        found = ".".join(map(str, capability))
-        raise ArgumentError("device", f"compute capability {found}", "8.0 or newer", "Compute on the CPU instead.")
+        asked = ".".join(map(str, capability))
+        raise ArgumentError("device", f"compute capability {asked}", "8.0 or newer", "Compute on the CPU instead.")
     family = FAMILIES.get(_family(dtype, split))
     if family is None or max(head_dim, value_dim) > PADDED[-1]:
         return simple_variant(dtype)

@@ -39,15 +39,16 @@ constexpr bool QUERIES_STAY = STAY;
 #endif
 constexpr float LOWEST = -3.402823466e38f;
 
-struct TileMemory {
-    uint16 keys[BLOCK_KEYS * KEY_PITCH], values[BLOCK_KEYS * VALUE_PITCH];
-};
+// Warps that compute their products together; the groups take turns.
+constexpr int GROUPS = WARPS / 4, GROUP_THREADS = THREADS / GROUPS;
 struct Shared {
     uint16 queries[BLOCK_ROWS * KEY_PITCH];
-    TileMemory tiles[2];
+    uint16 keys[2][BLOCK_KEYS * KEY_PITCH];
+    uint16 values[3][BLOCK_KEYS * VALUE_PITCH];
 };
 static_assert(sizeof(Shared) == SHARED_BYTES, "the host computes the same size");
-static_assert(16 * WARPS * STAGE_PITCH * 4 <= 2 * sizeof(TileMemory), "rows are staged there");
+static_assert(16 * WARPS * STAGE_PITCH * 4 <= sizeof(Shared::keys) + sizeof(Shared::values), "rows are staged there");
+static_assert(GROUPS == 1 || GROUPS == 2, "");
 static_assert(ROW_TILES * 16 * WARPS == BLOCK_ROWS && BLOCK_KEYS % 16 == 0, "whole fragments");
 
 __device__ __forceinline__ void load_matrices(uint32 (&to)[4], uint32 address) {
@@ -111,6 +112,11 @@ struct Scores {
     float at[ROW_TILES][SCORE_TILES][4];
 };
 
+// Weights of one tile, as A operands: 16 keys each.
+struct Weights {
+    uint32 at[BLOCK_KEYS / 16][ROW_TILES][4];
+};
+
 __device__ __forceinline__ int row_of(int thread, int i) {
     return thread / 32 * 16 * ROW_TILES + i / 2 * 16 + i % 2 * 8 + thread % 32 / 4;
 }
@@ -151,9 +157,9 @@ __device__ __forceinline__ void score_chunk(
     }
 }
 
-__device__ __forceinline__ void best_of_chunk(Rows& rows, const Scores& scores, int begin) {
+__device__ __forceinline__ void best_of_scores(Rows& rows, const Scores& scores) {
 #pragma unroll
-    for (int n = begin; n < begin + CHUNK; ++n)
+    for (int n = 0; n < SCORE_TILES; ++n)
 #pragma unroll
         for (int i = 0; i < ROWS; ++i)
             rows.best[i] = fmaxf(rows.best[i], fmaxf(scores.at[i / 2][n][i % 2 * 2], scores.at[i / 2][n][i % 2 * 2 + 1]));
@@ -183,24 +189,28 @@ __device__ __forceinline__ void hide(Scores& scores, const Call& call, int64 blo
     }
 }
 
+// The largest scores of the lanes of a row become its base.
+__device__ __forceinline__ void rebase(Rows& rows, float c) {
+#pragma unroll
+    for (int i = 0; i < ROWS; ++i) {
+        rows.best[i] = fmaxf(rows.best[i], __shfl_xor_sync(~0u, rows.best[i], 1));
+        rows.best[i] = fmaxf(rows.best[i], __shfl_xor_sync(~0u, rows.best[i], 2));
+        float base = fmaxf(__fmul_rn(rows.best[i], c), rows.base[i]);
+        float alpha = exp2_of(rows.base[i] - base);
+        rows.sum[i] *= alpha, rows.base[i] = base;
+#pragma unroll
+        for (int n = 0; n < VALUE_TILES; ++n)
+            for (int e = 0; e < 2; ++e) rows.acc[i / 2][n][i % 2 * 2 + e] *= alpha;
+    }
+}
+
 // One step of the online softmax: scores become weights, sums and accumulators go over to the new maxima.
-__device__ __forceinline__ void soften(Scores& scores, Rows& rows, float c) {
+__device__ __forceinline__ void soften(Weights& weights, Scores& scores, Rows& rows, float c) {
+    best_of_scores(rows, scores);
     bool grew = false;
 #pragma unroll
     for (int i = 0; i < ROWS; ++i) grew |= __fmul_rn(rows.best[i], c) > rows.base[i] + float(LAZY);
-    if (__builtin_expect(__any_sync(~0u, grew), 0)) {
-#pragma unroll
-        for (int i = 0; i < ROWS; ++i) {
-            rows.best[i] = fmaxf(rows.best[i], __shfl_xor_sync(~0u, rows.best[i], 1));
-            rows.best[i] = fmaxf(rows.best[i], __shfl_xor_sync(~0u, rows.best[i], 2));
-            float base = fmaxf(__fmul_rn(rows.best[i], c), rows.base[i]);
-            float alpha = exp2_of(rows.base[i] - base);
-            rows.sum[i] *= alpha, rows.base[i] = base;
-#pragma unroll
-            for (int n = 0; n < VALUE_TILES; ++n)
-                for (int e = 0; e < 2; ++e) rows.acc[i / 2][n][i % 2 * 2 + e] *= alpha;
-        }
-    }
+    if (__builtin_expect(__any_sync(~0u, grew), 0)) rebase(rows, c);
 #pragma unroll
     for (int n = 0; n < SCORE_TILES; ++n)
 #pragma unroll
@@ -208,28 +218,22 @@ __device__ __forceinline__ void soften(Scores& scores, Rows& rows, float c) {
             float *pair = &scores.at[i / 2][n][i % 2 * 2];
             pair[0] = exp2_of(fmaf(pair[0], c, -rows.base[i])), pair[1] = exp2_of(fmaf(pair[1], c, -rows.base[i]));
             rows.sum[i] += pair[0] + pair[1];
+            weights.at[n / 2][i / 2][n % 2 * 2 + i % 2] = packed(pair[0], pair[1]);
         }
 }
 
 // O += P V: the weights of 16 keys are an A operand as they lie in the registers.
-__device__ __forceinline__ void add_values(Rows& rows, const Scores& scores, uint32 values) {
+__device__ __forceinline__ void add_values(Rows& rows, const Weights& weights, uint32 values) {
 #pragma unroll
     for (int k = 0; k < BLOCK_KEYS / 16; ++k) {
-        uint32 a[ROW_TILES][4];
-#pragma unroll
-        for (int t = 0; t < ROW_TILES; ++t)
-            for (int e = 0; e < 4; ++e) {
-                const float* pair = &scores.at[t][2 * k + e / 2][e % 2 * 2];
-                a[t][e] = packed(pair[0], pair[1]);
-            }
 #pragma unroll
         for (int n = 0; n < VALUE_TILES; n += 2) {
             uint32 b[4];
             load_transposed(b, values + 2 * (k * 16 * VALUE_PITCH + n * 8));
 #pragma unroll
             for (int t = 0; t < ROW_TILES; ++t) {
-                multiply(rows.acc[t][n], a[t], b[0], b[1]);
-                multiply(rows.acc[t][n + 1], a[t], b[2], b[3]);
+                multiply(rows.acc[t][n], weights.at[k][t], b[0], b[1]);
+                multiply(rows.acc[t][n + 1], weights.at[k][t], b[2], b[3]);
             }
         }
     }
@@ -248,7 +252,8 @@ __device__ bool irregular(const uint16* values) {
 // Merge the span into the state, or finish the rows; the accumulators are empty afterwards. `stage` is free memory of the
 // block, 16 * WARPS rows of VALUE_PITCH floats.
 __device__ __forceinline__ void end_span(
-    Rows& rows, const Call& call, const Place& block, SpanEnds ends, float* stage) {
+    Rows& rows, const Call& call, const Place& block, SpanEnds ends, float c, float* stage) {
+    if (LAZY) rebase(rows, c);
     int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
     float* staged = stage + warp * 16 * STAGE_PITCH;
 #pragma unroll
@@ -281,7 +286,7 @@ __device__ __forceinline__ void end_span(
 // This thread's part in copying whole tiles of rows of WIDTH columns, WORD columns at a time.
 template <int WIDTH, int PITCH>
 struct Stream {
-    static constexpr int WORDS = WIDTH / 8, LANES = WORDS & -WORDS, PASS = THREADS / LANES;
+    static constexpr int WORDS = WIDTH / 8, LANES = WORDS & -WORDS, PASS = GROUP_THREADS / LANES;
     const uint16* from;  // of the next tile
     uint32 to;           // in the first tile's memory
 
@@ -303,17 +308,6 @@ struct Stream {
     }
 };
 
-struct Streams {
-    Stream<HEAD_DIM, KEY_PITCH> keys;
-    Stream<VALUE_DIM, VALUE_PITCH> values;
-
-    __device__ __forceinline__ void copy(const Call& call, uint32 memory) {
-        keys.copy(memory, call.key_strides.token, call.head_dim);
-        values.copy(memory, call.value_strides.token, call.value_dim);
-        copies_issued();
-    }
-};
-
 // As copy_rows, one word after another.
 template <int ROWS, int WIDTH, int PITCH>
 __device__ __forceinline__ void copy_slowly(
@@ -330,41 +324,71 @@ __device__ __forceinline__ void copy_slowly(
     }
 }
 
-// Where a block stands in its keys.
-struct Course {
-    Walk<BLOCK_KEYS> walk;
-    int span_keys;
+// Turns of the groups: `enter` waits until the other group has left. With one group, a barrier of the block.
+__device__ __forceinline__ void enter(int group) {
+    copies_arrived();
+    if (GROUPS == 1) {
+        __syncthreads();
+    } else {
+        asm volatile("bar.sync %0, %1;" ::"r"(group + 1), "n"(THREADS) : "memory");
+    }
+}
+__device__ __forceinline__ void leave(int group) {
+    if (GROUPS == 2) asm volatile("bar.arrive %0, %1;" ::"r"(2 - group), "n"(THREADS) : "memory");
+}
 
-    // Ask for the tile that the walk is at, and go to the last of the whole tiles that follow it in this span without a
-    // break: their number is returned, and `streams` are left at the first of them.
-    __device__ __forceinline__ int begin(
-        const Call& call, const Place& block, const BlockView& view, Streams& streams, TileMemory& memory) {
+// Tiles of one piece and one span that exist as a whole, the first at `offset`; of those with `after` tiles after them
+// full ones have  low <= after < high.
+struct Stretch {
+    int piece, offset, tiles, count, low, high;
+};
+
+// Where a block stands in its keys; in shared memory, for it is looked at once in many tiles.
+struct Course {
+    Place block;
+    Walk<BLOCK_KEYS> walk;
+    int span_piece, span_offset, span_keys;
+    SpanEnds ends;
+    bool over;
+
+    // The stretch that begins where the walk is; the walk goes on to what follows.
+    __device__ __forceinline__ Stretch next(const Call& call, const BlockView& view) {
         const Piece& piece = call.pieces[walk.piece];
-        const uint16* key = static_cast<const uint16*>(piece.keys) + element_of(call.key_strides, block, walk.offset);
-        const uint16* value = static_cast<const uint16*>(piece.values) + element_of(call.value_strides, block, walk.offset);
-        int count = walk.count(call);
-        copy_slowly<BLOCK_KEYS, HEAD_DIM, KEY_PITCH>(
-            memory.keys, key, call.key_strides.token, count, call.head_dim, call.aligned);
-        copy_slowly<BLOCK_KEYS, VALUE_DIM, VALUE_PITCH>(
-            memory.values, value, call.value_strides.token, count, call.value_dim, call.aligned);
-        copies_issued();
-        streams.keys.start(key + BLOCK_KEYS * call.key_strides.token, call.key_strides.token);
-        streams.values.start(value + BLOCK_KEYS * call.value_strides.token, call.value_strides.token);
-        if (!call.aligned || !walk.full(call, view)) return 0;
-        int64 keys = least(least(view.inner.high - piece.start, piece.tokens) - walk.offset, call.span_keys - span_keys);
-        int more = int(keys / BLOCK_KEYS) - 1;
-        walk.offset += more * BLOCK_KEYS, span_keys += more * BLOCK_KEYS;
-        return more;
+        Stretch stretch = {walk.piece, walk.offset, 1, walk.count(call), 0, 0};
+        int end = int(least(walk.end, piece.tokens));
+        if (call.aligned && stretch.count == BLOCK_KEYS) {
+            int seen = (end - walk.offset + BLOCK_KEYS - 1) / BLOCK_KEYS, whole = int(piece.tokens - walk.offset) / BLOCK_KEYS;
+            stretch.tiles = min(min(seen, whole), int(call.span_keys - span_keys) / BLOCK_KEYS);
+        }
+        // First full tile and the one behind the last, counted in the stretch.
+        int64 first = (view.inner.low - piece.start - walk.offset + BLOCK_KEYS - 1) / BLOCK_KEYS;
+        int64 behind = (view.inner.high - piece.start - walk.offset) / BLOCK_KEYS;
+        if (view.inner.low - piece.start - walk.offset < 0) first = 0;
+        if (view.inner.high - piece.start - walk.offset < 0) behind = 0;
+        if (stretch.count < BLOCK_KEYS) behind = 0;
+        int from = int(least(first, stretch.tiles)), to = int(least(behind, stretch.tiles));
+        stretch.low = stretch.tiles - to, stretch.high = stretch.tiles - from;
+        span_keys += stretch.tiles * BLOCK_KEYS;
+        walk.offset += (stretch.tiles - 1) * BLOCK_KEYS;
+        walk.step(call, view);
+        ends.last = !walk.more(call);
+        over = ends.last || span_keys >= call.span_keys;
+        return stretch;
     }
 };
 
 extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) attend(const __grid_constant__ Call call) {
     extern __shared__ __align__(16) char memory[];
+    __shared__ __align__(8) char course_memory[sizeof(Course)];
+    Course& course = *reinterpret_cast<Course*>(course_memory);
     Shared& shared = *reinterpret_cast<Shared*>(memory);
-    Place block = place_of<BLOCK_ROWS>(call);
+    const Place block = place_of<BLOCK_ROWS>(call);
     const BlockView& view = view_of_rows<THREADS>(call, block.row, BLOCK_ROWS);
-    Course course = {Walk<BLOCK_KEYS>(call, view), 0};
-    Walk<BLOCK_KEYS>& walk = course.walk;
+    if (threadIdx.x == 0) {
+        course.block = block, course.walk = Walk<BLOCK_KEYS>(call, view);
+        course.ends = {bool(call.fresh), !course.walk.more(call)};
+        course.over = true;
+    }
     const uint16* query = static_cast<const uint16*>(call.queries) + element_of(call.query_strides, block, block.row);
     copy_rows<uint16, BLOCK_ROWS, HEAD_DIM, KEY_PITCH, THREADS>(
         shared.queries, query, call.query_strides.token, int(least(call.query_tokens - block.row, BLOCK_ROWS)),
@@ -372,12 +396,12 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) attend(const __gri
     copies_issued();
     copies_arrived();
     __syncthreads();
-
     int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+    int group = GROUPS == 1 ? 0 : __shfl_sync(~0u, warp / 4, 0);
     uint32 by_row = lane % 16, by_column = lane / 16 * 8;
     uint32 queries = shared_address(shared.queries + (warp * 16 * ROW_TILES + by_row) * KEY_PITCH + by_column);
-    uint32 keys_at = shared_address(shared.tiles[0].keys) + 2 * ((lane % 8 + lane / 16 * 8) * KEY_PITCH + lane / 8 % 2 * 8);
-    uint32 values_at = shared_address(shared.tiles[0].values) + 2 * (by_row * VALUE_PITCH + by_column);
+    uint32 keys_at = shared_address(shared.keys[0]) + 2 * ((lane % 8 + lane / 16 * 8) * KEY_PITCH + lane / 8 % 2 * 8);
+    uint32 values_at = shared_address(shared.values[0]) + 2 * (by_row * VALUE_PITCH + by_column);
     uint32 kept[ROW_TILES][HEAD_DIM / 16][4];
     if (QUERIES_STAY)
 #pragma unroll
@@ -387,58 +411,81 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) attend(const __gri
     const float c = float(call.scale * LOG2E);
     Rows rows;
     rows.clear();
-    Streams streams;
-    streams.keys.to = shared_address(shared.tiles[0].keys) + 2 * (streams.keys.row() * KEY_PITCH + streams.keys.column());
-    streams.values.to = shared_address(shared.tiles[0].values) + 2 * (streams.values.row() * VALUE_PITCH + streams.values.column());
-    SpanEnds ends = {bool(call.fresh), !walk.more(call)};
+    Stream<HEAD_DIM, KEY_PITCH> key_stream;
+    Stream<VALUE_DIM, VALUE_PITCH> value_stream;
+    key_stream.to = shared_address(shared.keys[0]) + 2 * (key_stream.row() * KEY_PITCH + key_stream.column());
+    value_stream.to = shared_address(shared.values[0]) + 2 * (value_stream.row() * VALUE_PITCH + value_stream.column());
+    constexpr uint32 KEY_TILE = sizeof(shared.keys[0]), VALUE_TILE = sizeof(shared.values[0]);
     while (true) {
-        int span_piece = walk.piece, span_offset = walk.offset;
-        if (!ends.last) {
-            course.span_keys = 0;
-            int left = course.begin(call, block, view, streams, shared.tiles[0]);
-            uint32 here = 0;
-            bool over = false;
-            do {
-                copies_arrived();
-                __syncthreads();
-                Scores scores;
-                if (__builtin_expect(left > 0, 1)) {
-                    --left;
-                    streams.copy(call, uint32(sizeof(TileMemory)) - here);
-#pragma unroll
-                    for (int n = 0; n < SCORE_TILES; n += CHUNK) {
-                        score_chunk(scores, kept, queries, keys_at + here, n);
-                        best_of_chunk(rows, scores, n);
-                    }
-                } else {
-                    bool full = walk.full(call, view);
-                    int64 token = walk.token(call);
-                    int count = walk.count(call);
-                    walk.step(call, view), course.span_keys += BLOCK_KEYS;
-                    ends.last = !walk.more(call);
-                    over = ends.last || course.span_keys >= call.span_keys;
-                    TileMemory& tile = shared.tiles[here != 0];
-                    if (!over) left = course.begin(call, block, view, streams, shared.tiles[here == 0]);
-#pragma unroll
-                    for (int n = 0; n < SCORE_TILES; n += CHUNK) score_chunk(scores, kept, queries, keys_at + here, n);
-                    if (!full) {
-                        if (irregular(tile.values))
-                            return simple_rows<ELEMENT, float, BLOCK_ROWS, BLOCK_KEYS, THREADS>(
-                                call, block, view, Walk<BLOCK_KEYS>::back_at(call, view, span_piece, span_offset), ends.first);
-                        hide(scores, call, block.row, token, count);
-                    }
-#pragma unroll
-                    for (int n = 0; n < SCORE_TILES; n += CHUNK) best_of_chunk(rows, scores, n);
-                }
-                soften(scores, rows, c);
-                add_values(rows, scores, values_at + here);
-                here = uint32(sizeof(TileMemory)) - here;
-            } while (!over);
+        while (!course.ends.last) {
+            Course now = course;
+            if (now.over) now.span_piece = now.walk.piece, now.span_offset = now.walk.offset, now.span_keys = 0;
+            Stretch stretch = now.next(call, view);
             __syncthreads();
+            if (threadIdx.x == 0) course = now;
+            const Piece& piece = call.pieces[stretch.piece];
+            const uint16* key = static_cast<const uint16*>(piece.keys) + element_of(call.key_strides, now.block, stretch.offset);
+            const uint16* value =
+                static_cast<const uint16*>(piece.values) + element_of(call.value_strides, now.block, stretch.offset);
+            copy_slowly<BLOCK_KEYS, HEAD_DIM, KEY_PITCH>(
+                shared.keys[0], key, call.key_strides.token, stretch.count, call.head_dim, call.aligned);
+            copy_slowly<BLOCK_KEYS, VALUE_DIM, VALUE_PITCH>(
+                shared.values[0], value, call.value_strides.token, stretch.count, call.value_dim, call.aligned);
+            copies_issued();
+            key_stream.start(key + BLOCK_KEYS * call.key_strides.token, call.key_strides.token);
+            value_stream.start(value + BLOCK_KEYS * call.value_strides.token, call.value_strides.token);
+            copies_arrived();
+            __syncthreads();
+            int low = stretch.low, full = stretch.high - stretch.low;
+            int after = stretch.tiles - 1;
+            int64 last_token = piece.start + stretch.offset + after * BLOCK_KEYS;
+            int count = stretch.count;
+            if (GROUPS == 2 && group == 1) leave(group);
+            enter(group);
+            uint32 key_here = 0, value_here = 0, value_next = VALUE_TILE;
+            if (group == 0 && after > 0) {
+                key_stream.copy(KEY_TILE, call.key_strides.token, call.head_dim);
+                value_stream.copy(VALUE_TILE, call.value_strides.token, call.value_dim);
+                copies_issued();
+            }
+            Scores scores;
+            Weights weights;
+            score_chunk(scores, kept, queries, keys_at, 0);
+            leave(group);
+            while (true) {
+                if (__builtin_expect(uint32(after - low) >= uint32(full), 0)) {
+                    if (irregular(shared.values[0] + value_here / 2))
+                        return simple_rows<ELEMENT, float, BLOCK_ROWS, BLOCK_KEYS, THREADS>(
+                            call, course.block, view,
+                            Walk<BLOCK_KEYS>::back_at(call, view, course.span_piece, course.span_offset), course.ends.first);
+                    hide(scores, call, course.block.row, last_token - after * BLOCK_KEYS, count);
+                }
+                soften(weights, scores, rows, c);
+                if (after == 0) break;
+                --after;
+                enter(group);
+                if (group == 0 && after > 0) {
+                    uint32 to = value_next == 2 * VALUE_TILE ? 0 : value_next + VALUE_TILE;
+                    key_stream.copy(key_here, call.key_strides.token, call.head_dim);
+                    value_stream.copy(to, call.value_strides.token, call.value_dim);
+                    copies_issued();
+                }
+                key_here = KEY_TILE - key_here;
+                add_values(rows, weights, values_at + value_here);
+                score_chunk(scores, kept, queries, keys_at + key_here, 0);
+                leave(group);
+                value_here = value_next, value_next = value_next == 2 * VALUE_TILE ? 0 : value_next + VALUE_TILE;
+            }
+            enter(group);
+            add_values(rows, weights, values_at + value_here);
+            if (group == 0) leave(group);
+            __syncthreads();
+            if (course.over) break;
         }
-        end_span(rows, call, block, ends, reinterpret_cast<float*>(shared.tiles));
-        if (ends.last) return;
-        ends.first = false;
+        end_span(rows, call, course.block, course.ends, c, reinterpret_cast<float*>(shared.keys));
+        if (course.ends.last) return;
+        __syncthreads();
+        if (threadIdx.x == 0) course.ends.first = false;
         __syncthreads();
     }
 }

@@ -1,0 +1,241 @@
+"""Attention on one GPU: kernels and whole jobs, ours beside the peers that are installed, measured in one run.
+
+    python benchmarks/gpu.py [--only kernels host file memory flat] [--json benchmarks/results/gpu.json]
+
+Kernels work on arrays that lie on the device, whole jobs on arrays of the host or an HDF5 file under a budget. Rates
+are 4 H N^2 D floating-point operations (half of it for causal) over the median time. Peers need PyTorch.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from statistics import median
+
+import cupy
+import numpy as np
+from report import machine, store, table
+
+import cqsa_arrays as cqsa
+
+HEADS = 8
+# dtype, D, the peer's name and its backend in PyTorch, what is asked of ours: a ratio to the peer, or TFLOP/s
+KERNELS = [
+    *((dtype, dim, "FLASH_ATTENTION", "1.00 x") for dtype in ("float16", "bfloat16") for dim in (64, 128)),
+    *(("float32", dim, "EFFICIENT_ATTENTION", "33") for dim in (64, 128)),
+    ("float64", 64, "MATH", "30"),
+]
+TOKENS = {"float16": 131072, "bfloat16": 131072, "float32": 32768, "float64": 16384}
+
+
+def arrays(tokens: int, dim: int, dtype: str, xp=cupy) -> list:
+    rng = xp.random.default_rng(0)
+    wide = (rng.standard_normal((1, HEADS, tokens, dim), dtype="float32") for _ in range(3))
+    return [x.astype(cqsa_dtype(dtype)) for x in wide]
+
+
+def cqsa_dtype(name: str) -> np.dtype:
+    import ml_dtypes
+
+    return np.dtype(ml_dtypes.bfloat16 if name == "bfloat16" else name)
+
+
+def seconds(call: Callable[[], object], repeats: int) -> float:
+    call()
+    found = []
+    for _ in range(repeats):
+        cupy.cuda.Device().synchronize()
+        start = time.perf_counter()
+        call()
+        cupy.cuda.Device().synchronize()
+        found.append(time.perf_counter() - start)
+    return median(found)
+
+
+def flops(tokens: int, dim: int, causal: bool) -> float:
+    return 4 * HEADS * tokens**2 * dim * (0.5 if causal else 1)
+
+
+def kernel_rows(repeats: int) -> Iterator[dict[str, object]]:
+    for dtype, dim, backend, asked in KERNELS:
+        tokens = TOKENS[dtype]
+        for causal in (False, True):
+            q, k, v = arrays(tokens, dim, dtype)
+            out = cupy.empty_like(q)
+            ours = seconds(lambda: cqsa.attention(q, k, v, causal=causal, out=out), repeats)  # noqa: B023
+            theirs = peer_seconds((q, k, v), backend, causal, repeats)
+            rows = np.sort(np.random.default_rng(1).choice(tokens, 64, replace=False))
+            error = error_of(out, (q, k, v), rows, causal)
+            rate = flops(tokens, dim, causal) / ours / 1e12
+            yield {
+                "dtype": dtype, "D": dim, "N": tokens, "mask": "causal" if causal else "full",
+                "TFLOP/s": round(rate, 1), "peer": backend.lower().removesuffix("_attention"),
+                "peer TFLOP/s": round(flops(tokens, dim, causal) / theirs / 1e12, 1) if theirs else None,
+                "ratio": round(theirs / ours, 3) if theirs else None, "asked": asked, "error": error,
+            }  # fmt: skip
+
+
+def peer_seconds(operands: tuple, backend: str, causal: bool, repeats: int) -> float | None:
+    try:
+        import torch
+        from torch.nn.attention import SDPBackend, sdpa_kernel
+    except ImportError:
+        return None
+    tensors = [torch.from_dlpack(x) if x.dtype.name != "bfloat16" else as_bfloat16(torch, x) for x in operands]
+    if backend == "MATH":  # it holds all scores
+        tensors = [x[:, :, :8192] for x in tensors]
+    with sdpa_kernel(getattr(SDPBackend, backend)):
+        found = seconds(lambda: torch.nn.functional.scaled_dot_product_attention(*tensors, is_causal=causal), repeats)
+    torch.cuda.empty_cache()
+    return found * (operands[0].shape[2] / tensors[0].shape[2]) ** 2
+
+
+def as_bfloat16(torch, array):
+    return torch.from_dlpack(array.view("uint16")).view(torch.bfloat16)
+
+
+def error_of(out, operands: tuple, rows: np.ndarray, causal: bool) -> float:
+    """Relative error of sampled rows of one head against float64 on the device."""
+    q, k, v = (x[0, 0].astype("float64") for x in operands)
+    scores = q[rows] @ k.T * q.shape[1] ** -0.5
+    if causal:
+        scores[cupy.arange(k.shape[0])[None] > cupy.asarray(rows)[:, None]] = -np.inf
+    weights = cupy.exp(scores - scores.max(axis=1, keepdims=True))
+    exact = weights @ v / weights.sum(axis=1, keepdims=True)
+    return float(cupy.linalg.norm(out[0, 0, rows].astype("float64") - exact) / cupy.linalg.norm(exact))
+
+
+@contextmanager
+def device_peak() -> Iterator[dict[str, int]]:
+    """The most device memory that was in use by the driver's count, beyond what was before, sampled all the time."""
+    found, done = {"bytes": 0}, threading.Event()
+    device = cupy.cuda.Device()
+    before = cupy.cuda.runtime.memGetInfo()[0]
+
+    def watch() -> None:
+        with device:
+            while not done.wait(0.002):
+                found["bytes"] = max(found["bytes"], before - cupy.cuda.runtime.memGetInfo()[0])
+
+    thread = threading.Thread(target=watch)
+    thread.start()
+    try:
+        yield found
+    finally:
+        done.set()
+        thread.join()
+
+
+def resident_run(operands: list) -> tuple[float, np.ndarray]:
+    """Seconds of causal attention with everything on the device, and its result."""
+    q, k, v = (cupy.asarray(x) for x in operands)
+    out = cupy.empty_like(q)
+    elapsed = seconds(lambda: cqsa.attention(q, k, v, causal=True, out=out), 1)
+    return elapsed, out.get()
+
+
+def host_rows(tokens: int, dim: int, dtype: str, budgets: list[str]) -> Iterator[dict[str, object]]:
+    operands = [x.get() for x in arrays(tokens, dim, dtype)]
+    kernel_s, expected = resident_run(operands)
+    cupy.get_default_memory_pool().free_all_blocks()
+    result = np.empty_like(operands[0])
+    for budget in budgets:
+        for cover in ("auto", "cqs", "rectangular"):
+            options = cqsa.Options(cover=cover)
+            call = {"causal": True, "memory": budget, "device": "cuda", "options": options}
+            plan = cqsa.plan(*operands, out=result, **call)
+            cqsa.attention(*(x[:, :, :4096] for x in operands), **call)  # context, kernels
+            with device_peak() as peak:
+                start = time.perf_counter()
+                cqsa.attention(*operands, out=result, **call)
+                elapsed = time.perf_counter() - start
+            yield {
+                "N": tokens, "dtype": dtype, "D": dim, "budget": budget, "cover": f"{cover}: {plan.cover_name}",
+                "parts": f"{plan.chosen.query_parts} x {plan.chosen.key_parts}, {plan.chosen.heads} heads",
+                "s": round(elapsed, 3), "kernel s": round(kernel_s, 3), "ratio": round(elapsed / kernel_s, 3),
+                "planned MiB": round(plan.memory_bytes / 2**20, 1), "peak MiB": round(peak["bytes"] / 2**20, 1),
+                "difference": float(cqsa.compare(result[0, :1], expected[0, :1]).frobenius),
+            }  # fmt: skip
+
+
+def drop_from_cache(path: Path) -> None:
+    with open(path, "rb") as file:
+        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+
+def disk_rates(path: Path, size_bytes: int) -> tuple[float, float]:
+    """Bytes a second: reading ``path`` cold, and writing and syncing as much beside it."""
+    drop_from_cache(path)
+    block = bytearray(16 << 20)
+    start, done = time.perf_counter(), 0
+    with open(path, "rb", buffering=0) as file:
+        while (count := file.readinto(block)) and done < size_bytes:
+            done += count
+    read = done / (time.perf_counter() - start)
+    start, beside = time.perf_counter(), path.with_suffix(".rate")
+    with open(beside, "wb", buffering=0) as file:
+        for _ in range(size_bytes // len(block)):
+            file.write(block)
+        os.fsync(file.fileno())
+    written = size_bytes // len(block) * len(block) / (time.perf_counter() - start)
+    beside.unlink()
+    return read, written
+
+
+def file_rows(tokens: int, dim: int, dtype: str, budget: str, directory: str) -> Iterator[dict[str, object]]:
+    from cqsa_arrays.storage import InputSpec, make_inputs
+
+    path, out = Path(directory) / "qkv.h5", Path(directory) / "out.h5"
+    make_inputs(path, InputSpec(tokens=tokens, heads=HEADS, head_dim=dim, dtype=dtype))
+    os.sync()
+    size = path.stat().st_size
+    read, written = disk_rates(path, min(size, 2 << 30))
+    sources = [f"{path}:/{name}" for name in "qkv"]
+    kernel_s, _ = resident_run(arrays(tokens, dim, dtype))
+    cupy.get_default_memory_pool().free_all_blocks()
+    for cover in ("cqs", "rectangular"):
+        drop_from_cache(path)
+        options = cqsa.Options(cover=cover, overwrite=True)
+        with device_peak() as peak:
+            start = time.perf_counter()
+            cqsa.attention(*sources, causal=True, memory=budget, device="cuda", out=out, options=options)
+            elapsed = time.perf_counter() - start
+        disk_s = size / read + out.stat().st_size / written
+        yield {
+            "N": tokens, "dtype": dtype, "D": dim, "budget": budget, "cover": cover, "s": round(elapsed, 3),
+            "kernel s": round(kernel_s, 3), "disk s": round(disk_s, 3),
+            "read GB/s": round(read / 1e9, 2), "write GB/s": round(written / 1e9, 2),
+            "ratio": round(elapsed / max(kernel_s, disk_s), 3), "peak MiB": round(peak["bytes"] / 2**20, 1),
+            "error": cqsa.verify(out, rows=32).frobenius,
+        }  # fmt: skip
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", nargs="*", default=["kernels", "host", "file"])
+    parser.add_argument("--tokens", type=int, default=1 << 20, help="of the whole jobs")
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--budgets", nargs="*", default=["4GiB", "1GiB"])
+    parser.add_argument("--directory", help="for the file (default: a temporary one)")
+    parser.add_argument("--json", default="benchmarks/results/gpu.json")
+    arguments = parser.parse_args()
+    properties = cupy.cuda.runtime.getDeviceProperties(0)
+    found: dict[str, object] = {"machine": machine(), "gpu": properties["name"].decode(), "heads": HEADS}
+    if "kernels" in arguments.only:
+        found["kernels"] = table(kernel_rows(arguments.repeats))
+    if "host" in arguments.only:
+        found["host"] = table(host_rows(arguments.tokens, 64, "float16", arguments.budgets))
+    if "file" in arguments.only:
+        with tempfile.TemporaryDirectory(dir=arguments.directory) as directory:
+            found["file"] = table(file_rows(arguments.tokens, 64, "float16", arguments.budgets[0], directory))
+    store(arguments.json, found)
+
+
+if __name__ == "__main__":
+    main()
