@@ -64,7 +64,9 @@ def _add_problem(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--scale", type=float, help="factor of q.k (default 1/sqrt(D))")
     parser.add_argument("--layout", help="bhnd, bnhd, hnd, nhd or nd (default: the data sets' attribute, or by rank)")
     parser.add_argument("--dtype", help="element type of the output (default: that of q)")
-    parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, ... or auto: a GPU if there is one (default auto)")
+    parser.add_argument(
+        "--device", default="auto", help="cpu, cuda, cuda:1, ... or auto: a GPU if there is one (default auto)"
+    )
     parser.add_argument("--host-memory", help="another bound on host memory; the smaller one counts on the CPU")
     parser.add_argument("--scratch", help="directory for states that do not fit in memory (default: the output's)")
     parser.add_argument("--cover", default="auto", help="auto, cqs or rectangular (default auto)")

@@ -57,13 +57,13 @@ def run(plan: Plan, inputs: Inputs, results: Results, progress: Progress) -> Run
             if work.step is not None:
                 blocks = resident.load(work.step)
                 ahead.request(upcoming)  # only now is it known which blocks this step has driven out
-                _attend(plan, resident, work.step, *blocks, progress)
-                resident.computed()
+                with resident.lane(work.step):
+                    _attend(plan, resident, work.step, *blocks, progress)
                 if upcoming is not None and upcoming.step is not None:
                     resident.preload(upcoming.group, upcoming.step)
             if work.ends_task is not None:
                 for rows in cover.finished_by(work.ends_task):
-                    resident.results.take(work.group, rows, resident.states.load(rows), in_place=in_place)
+                    resident.take(work.group, rows, in_place=in_place)
         resident.drain()
         moved = resident.states.moved_bytes
     return RunReport(time.perf_counter() - start, plan.problem.flops, _bytes_read(inputs) - before, moved)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from contextlib import ExitStack, closing
+from contextlib import AbstractContextManager, ExitStack, closing, nullcontext
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -61,8 +61,13 @@ class Resident:
         queries = self.queries.load(step.queries)
         return queries, [KeyBlock(r.start, self.keys.load(r), self.values.load(r)) for r in step.keys]
 
-    def computed(self) -> None:
-        """The kernel has been called with the blocks that were loaded last."""
+    def lane(self, step: Step) -> AbstractContextManager[None]:
+        """Where the kernel is called with the blocks of ``step``, which were loaded last."""
+        return nullcontext()
+
+    def take(self, group: Group, rows: Range, *, in_place: bool) -> None:
+        """Hand out ``rows``, which are finished."""
+        self.results.take(group, rows, self.states.load(rows), in_place=in_place)
 
     def prefetch(self, group: Group, step: Step) -> None:
         """Ask for the input blocks of ``step`` to be read ahead; called from another thread."""

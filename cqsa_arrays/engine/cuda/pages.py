@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import cupy
@@ -32,10 +32,11 @@ class Link:
 
 @dataclass(slots=True)
 class Slot:
-    """Memory for one block; ``used`` is recorded after the last kernel that reads it."""
+    """Memory for one block; the events come when it has arrived, and when the kernels that read it are done."""
 
     memory: Any
-    used: cupy.cuda.Event
+    arrived: cupy.cuda.Event
+    used: list[cupy.cuda.Event] = field(default_factory=list)
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,8 +53,8 @@ class Part:
 class DevicePages:
     """The blocks of ``source`` on the device: at most ``slots`` of at most ``tokens`` tokens of ``heads`` heads.
 
-    ``load`` returns at once with a block that is still on its way; whatever is then put on the compute stream comes
-    after it. A slot is not overwritten before the kernels that were launched before ``release`` have read it.
+    ``load`` returns at once with a block that is still on its way: a stream that reads it waits by ``await_loaded``. A
+    slot is not overwritten before the kernels that were launched before ``release`` have read it.
     """
 
     def __init__(self, source: TokenSource, link: Link, *, slots: int, tokens: int, heads: int) -> None:
@@ -92,10 +93,15 @@ class DevicePages:
         self._resident[group, tokens] = slot
         return slot
 
-    def release(self) -> None:
-        """The kernels that read the blocks loaded so far are launched."""
+    def await_loaded(self, stream: cupy.cuda.Stream) -> None:
+        """What is put on ``stream`` from now on comes after the blocks loaded since the last ``release``."""
         for slot in self._touched:
-            slot.used.record(self._link.compute)
+            stream.wait_event(slot.arrived)
+
+    def release(self, stream: cupy.cuda.Stream) -> None:
+        """The kernels that read those blocks are on ``stream``."""
+        for slot in self._touched:
+            slot.used.append(stream.record())
         self._touched.clear()
 
     def prefetch(self, group: Group, tokens: Range) -> None:
@@ -113,7 +119,9 @@ class DevicePages:
         link, base = self._link, slot.memory.data.ptr
         pieces = link.pieces
         assert pieces is not None, "an input that is not on the device comes in pieces"
-        link.copies.wait_event(slot.used)
+        for event in slot.used:
+            link.copies.wait_event(event)
+        slot.used.clear()
 
         def bring(part: Part) -> None:
             with link.device:
@@ -130,7 +138,7 @@ class DevicePages:
                     pieces.give_back(piece)
 
         link.readers.run(self._parts(group, tokens, pieces.size_bytes), bring)
-        link.compute.wait_event(link.copies.record())
+        slot.arrived.record(link.copies)
 
     def _parts(self, group: Group, tokens: Range, most_bytes: int) -> Iterator[Part]:
         """The pieces of a block, each of which is contiguous in the slot."""

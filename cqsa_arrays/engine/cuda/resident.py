@@ -14,12 +14,14 @@ from ...errors import DeviceError
 from ...kernels.cuda.kernel import CudaKernel
 from ...planner import Group, Plan
 from ...planner.memory import PINNED_PIECE_BYTES, PINNED_PIECES, READER_THREADS, output_slot
+from ...ranges import Range
 from ...storage import ArraySink, DeviceSource
 from ...storage.dtypes import SUPPORTED
 from ...workers import Workers
 from ..resident import Inputs, Resident
 from ..results import OutputResults, Results, StatisticsResults
 from ..states import open_states
+from .lanes import Lanes
 from .memory import Arena, PinnedPieces
 from .pages import DevicePages, Link
 from .results import DeviceArrayOutput, DeviceOutput, DeviceStatistics
@@ -33,10 +35,27 @@ class DeviceResident(Resident):
     queries: DevicePages
     keys: DevicePages
     values: DevicePages
+    lanes: Lanes
 
-    def computed(self) -> None:
-        for pages in (self.queries, self.keys, self.values):
-            pages.release()
+    def begin(self, group: Group) -> None:
+        Resident.begin(self, group)
+        self.lanes.fork()
+
+    @contextmanager
+    def lane(self, step: Step) -> Iterator[None]:
+        stream = self.lanes.take(step.queries)
+        pages = (self.queries, self.keys, self.values)
+        for each in pages:
+            each.await_loaded(stream)
+        with stream:
+            yield
+        for each in pages:
+            each.release(stream)
+        self.lanes.launched(step.queries, stream)
+
+    def take(self, group: Group, rows: Range, *, in_place: bool) -> None:
+        self.lanes.join()
+        Resident.take(self, group, rows, in_place=in_place)
 
     def preload(self, group: Group, step: Step) -> None:
         """Nothing of the step that is computed gives way: its blocks were used last."""
@@ -46,6 +65,7 @@ class DeviceResident(Resident):
             self.values.preload(group, tokens)
 
     def drain(self) -> None:
+        self.lanes.join()
         self.kernel.drain()
         self.results.drain()
         cupy.cuda.get_current_stream().synchronize()
@@ -74,7 +94,9 @@ def allocate_on_device(plan: Plan, inputs: Inputs, results: Results, stack: Exit
     queries = DevicePages(inputs.q, link, **query_size)
     states = stack.enter_context(closing(open_states(plan, None, arena.take)))
     outgoing = stack.enter_context(closing(_outgoing(plan, results, kernel, link)))
-    return DeviceResident(kernel, queries, keys, values, states, outgoing)
+    # Launches of CQS Divide on different query chunks are independent; those of a query tile follow each other.
+    lanes = Lanes(compute, 2 if plan.cover_name == "cqs" and plan.chosen.query_parts > 1 else 1)
+    return DeviceResident(kernel, queries, keys, values, states, outgoing, lanes)
 
 
 def _outgoing(

@@ -436,7 +436,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) attend(const __gri
             value_stream.start(value + BLOCK_KEYS * call.value_strides.token, call.value_strides.token);
             copies_arrived();
             __syncthreads();
-            int low = stretch.low, full = stretch.high - stretch.low;
+            int low = stretch.low, full = max(stretch.high - stretch.low, 0);
             int after = stretch.tiles - 1;
             int64 last_token = piece.start + stretch.offset + after * BLOCK_KEYS;
             int count = stretch.count;
