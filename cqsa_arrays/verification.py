@@ -5,17 +5,18 @@ from __future__ import annotations
 import json
 import os
 from contextlib import ExitStack, closing
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import numpy as np
 
 from .arguments import compute_dtype, whole_number
 from .comparison import ErrorReport, Tolerance, compare_rows
 from .errors import ArgumentError, StorageError
+from .masks import Mask
 from .planner import mask_from_dict
 from .ranges import Range
 from .reference import reference_rows, sample_rows
-from .storage import DiskArray, TokenSource, dataset_in, describe
+from .storage import DiskArray, dataset_in, describe
 
 
 def verify(
@@ -33,8 +34,35 @@ def verify(
     if rows is not None:
         rows = whole_number(rows, "rows", 1, "None checks all rows; 256 find any systematic error.")
     seed = whole_number(seed, "seed", 0, "Leave it out for 0.")
-    attributes = describe(path).attributes
     path = os.fspath(path)
+    found = opened_inputs(path)
+    with ExitStack() as stack:
+        q, k, v = (stack.enter_context(closing(array.source())) for array in found.arrays)
+        out, lse = (dataset_in(path, f"/{name}", argument="path") for name in ("out", "lse"))
+        tokens = q.shape[2]
+        sampled = np.arange(tokens) if rows is None else sample_rows(tokens, rows, seed)
+        reference = reference_rows(q, k, v, sampled, mask=found.mask, scale=found.scale)
+        got_out, got_lse = (read_rows(array, sampled, stack) for array in (out, lse))
+        dtype = judged_dtype(out.dtype, q.dtype)
+        report = compare_rows(got_out, got_lse[..., 0], reference, dtype, seed=None if rows is None else seed)
+    return report if tolerance is None else replace(report, tolerance=Tolerance(tolerance, report.tolerance.lse))
+
+
+@dataclass(frozen=True, slots=True)
+class NamedInputs:
+    """What an output file says it was made of: the arrays q, k and v, mask and scale."""
+
+    arrays: tuple[DiskArray, DiskArray, DiskArray]
+    mask: Mask
+    scale: float
+
+
+def opened_inputs(path: str) -> NamedInputs:
+    """The inputs that the output file ``path`` names.
+
+    Raises ArgumentError for a file that is no output, StorageError where the inputs are gone or have changed since.
+    """
+    attributes = describe(path).attributes
     try:
         inputs = json.loads(str(attributes["inputs"]))
         mask, scale = mask_from_dict(json.loads(str(attributes["mask"]))), float(str(attributes["scale"]))
@@ -43,23 +71,19 @@ def verify(
         raise ArgumentError(
             "path", f"{path} without them ({error})", expected, "To compare arrays use compare."
         ) from error
-    with ExitStack() as stack:
-        q, k, v = (stack.enter_context(closing(_input(inputs[name], name, path))) for name in "qkv")
-        out, lse = (dataset_in(path, f"/{name}", argument="path") for name in ("out", "lse"))
-        tokens = q.shape[2]
-        sampled = np.arange(tokens) if rows is None else sample_rows(tokens, rows, seed)
-        reference = reference_rows(q, k, v, sampled, mask=mask, scale=scale)
-        got_out, got_lse = (_read_rows(array, sampled, stack) for array in (out, lse))
-        # A wide output of narrower arithmetic is as exact as the arithmetic.
-        dtype = min(out.dtype.name, compute_dtype(q.dtype), key=lambda name: _EXACTNESS.index(name))
-        report = compare_rows(got_out, got_lse[..., 0], reference, dtype, seed=None if rows is None else seed)
-    return report if tolerance is None else replace(report, tolerance=Tolerance(tolerance, report.tolerance.lse))
+    q, k, v = (_input(inputs[name], name, path) for name in "qkv")
+    return NamedInputs((q, k, v), mask, scale)
+
+
+def judged_dtype(output: np.dtype, inputs: np.dtype) -> str:
+    """The dtype whose tolerance holds: a wide output of narrower arithmetic is as exact as the arithmetic."""
+    return min(output.name, compute_dtype(inputs), key=lambda name: _EXACTNESS.index(name))
 
 
 _EXACTNESS = ("bfloat16", "float16", "float32", "float64")
 
 
-def _input(stored: dict[str, object], name: str, output: str) -> TokenSource:
+def _input(stored: dict[str, object], name: str, output: str) -> DiskArray:
     """The input that the output was made from; StorageError if it is gone or another."""
     if "path" not in stored or "dataset" not in stored:
         raise ArgumentError(
@@ -67,18 +91,18 @@ def _input(stored: dict[str, object], name: str, output: str) -> TokenSource:
         )
     where = str(stored["path"]), str(stored["dataset"])
     array = dataset_in(*where, layout=str(stored["layout"]), argument=name)
-    source = array.source()
-    changed = [key for key in ("size", "mtime_ns", "shape", "dtype") if source.identity.get(key) != stored.get(key)]
+    with closing(array.source()) as source:
+        identity = source.identity
+    changed = [key for key in ("size", "mtime_ns", "shape", "dtype") if identity.get(key) != stored.get(key)]
     if changed:
-        source.close()
         raise StorageError(
             f"{output}: its input {stored['path']}:{stored['dataset']} has changed since ({', '.join(changed)});"
             " what was computed can no longer be checked. Compute it again."
         )
-    return source
+    return array
 
 
-def _read_rows(array: DiskArray, rows: np.ndarray, stack: ExitStack) -> np.ndarray:
+def read_rows(array: DiskArray, rows: np.ndarray, stack: ExitStack) -> np.ndarray:
     """The chosen tokens of all batches and heads, (B, H, R, dim), in float64."""
     source = stack.enter_context(closing(array.source()))
     batch, heads, _, dim = source.shape

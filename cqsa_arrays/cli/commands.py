@@ -12,6 +12,7 @@ from ..errors import ArgumentError
 from ..job import Request, prepared
 from ..job import attend as run_job
 from ..options import Options
+from ..recomputation import compare_with_device
 from ..storage import InputSpec, dataset, describe, make_inputs
 from ..units import format_bytes, format_seconds
 from ..verification import verify as verify_file
@@ -51,7 +52,14 @@ def verify(arguments: Namespace) -> bool:
 
 
 def compare(arguments: Namespace) -> bool:
-    """Print the error report of one data set against another."""
+    """Print the error report of one data set against another, or of an output file against another device."""
+    if (arguments.reference is None) == (arguments.against is None):
+        found = "both a reference and --against" if arguments.against else "no reference"
+        raise ArgumentError("reference", found, "B.h5:/out, or --against cpu", "cqsa compare out.h5 --against cpu")
+    if arguments.against is not None:
+        compared = compare_with_device(arguments.result, arguments.against, rows=arguments.rows, seed=arguments.seed)
+        print(compared.to_json() if arguments.json else compared)
+        return compared.passed
     result = dataset(arguments.result, argument="result")
     reference = dataset(arguments.reference, argument="reference")
     report = compare_arrays(result, reference, tolerance=arguments.tolerance)

@@ -32,9 +32,16 @@ def build_parser() -> argparse.ArgumentParser:
     verify.add_argument("--seed", type=int, default=0, help="seed of the sample (default 0)")
     verify.add_argument("--tolerance", type=_tolerance, help="relative Frobenius error to allow (default: by dtype)")
 
-    compare = commands.add_parser("compare", help="error report of one data set against another")
+    compare = commands.add_parser(
+        "compare", help="error report of one data set against another, or of an output file against another device"
+    )
     compare.add_argument("result", metavar="A.h5:/out")
-    compare.add_argument("reference", metavar="B.h5:/out")
+    compare.add_argument("reference", metavar="B.h5:/out", nargs="?", help="what it should be")
+    compare.add_argument(
+        "--against", metavar="DEVICE", help="instead: compute rows of the output file again on cpu or cuda"
+    )
+    compare.add_argument("--rows", type=int, default=256, metavar="N", help="rows for --against (default 256)")
+    compare.add_argument("--seed", type=int, default=0, help="seed of where they begin (default 0)")
     compare.add_argument("--tolerance", type=_tolerance, help="relative Frobenius error to allow (default: by dtype)")
 
     make = commands.add_parser("make", help="write synthetic /q, /k, /v of any size")
