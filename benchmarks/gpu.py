@@ -1,6 +1,6 @@
 """Attention on one GPU: kernels and whole jobs, ours beside the peers that are installed, measured in one run.
 
-    python benchmarks/gpu.py [--only kernels host file memory flat] [--json benchmarks/results/gpu.json]
+    python benchmarks/gpu.py [--only kernels host file] [--results benchmarks/results]
 
 Kernels work on arrays that lie on the device, whole jobs on arrays of the host or an HDF5 file under a budget. Rates
 are 4 H N^2 D floating-point operations (half of it for causal) over the median time. Peers need PyTorch.
@@ -224,18 +224,18 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--budgets", nargs="*", default=["4GiB", "1GiB"])
     parser.add_argument("--directory", help="for the file (default: a temporary one)")
-    parser.add_argument("--json", default="benchmarks/results/gpu.json")
+    parser.add_argument("--results", default="benchmarks/results", help="folder for gpu_kernels.json and so on")
     arguments = parser.parse_args()
-    properties = cupy.cuda.runtime.getDeviceProperties(0)
-    found: dict[str, object] = {"machine": machine(), "gpu": properties["name"].decode(), "heads": HEADS}
-    if "kernels" in arguments.only:
-        found["kernels"] = table(kernel_rows(arguments.repeats))
-    if "host" in arguments.only:
-        found["host"] = table(host_rows(arguments.tokens, 64, "float16", arguments.budgets))
-    if "file" in arguments.only:
-        with tempfile.TemporaryDirectory(dir=arguments.directory) as directory:
-            found["file"] = table(file_rows(arguments.tokens, 64, "float16", arguments.budgets[0], directory))
-    store(arguments.json, found)
+    gpu = cupy.cuda.runtime.getDeviceProperties(0)["name"].decode()
+    with tempfile.TemporaryDirectory(dir=arguments.directory) as directory:
+        sections = {
+            "kernels": lambda: kernel_rows(arguments.repeats),
+            "host": lambda: host_rows(arguments.tokens, 64, "float16", arguments.budgets),
+            "file": lambda: file_rows(arguments.tokens, 64, "float16", arguments.budgets[0], directory),
+        }
+        for name in arguments.only:
+            found = {"machine": machine(), "gpu": gpu, "heads": HEADS, "rows": table(sections[name]())}
+            store(f"{arguments.results}/gpu_{name}.json", found)
 
 
 if __name__ == "__main__":

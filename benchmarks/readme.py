@@ -27,6 +27,7 @@ def table(name: str) -> str:
     lines = [" | ".join(rows[0]), " | ".join("---" for _ in rows[0])]
     lines += [" | ".join(cell(value) for value in row.values()) for row in rows]
     where = f"{machine['cores']} cores of {machine['processor']}, {stored['date']}"
+    where = f"{stored['gpu']}, {where}" if "gpu" in stored else where
     peer = f"; {stored['peer']}" if "peer" in stored else ""
     return "\n".join([*(f"| {line} |" for line in lines), "", f"*{where}{peer}.*"])
 
