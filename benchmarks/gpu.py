@@ -193,7 +193,8 @@ def file_rows(tokens: int, dim: int, dtype: str, budget: str, directory: str) ->
     from cqsa_arrays.storage import InputSpec, make_inputs
 
     path, out = Path(directory) / "qkv.h5", Path(directory) / "out.h5"
-    make_inputs(path, InputSpec(tokens=tokens, heads=HEADS, head_dim=dim, dtype=dtype))
+    if not path.exists():
+        make_inputs(path, InputSpec(tokens=tokens, heads=HEADS, head_dim=dim, dtype=dtype))
     os.sync()
     size = path.stat().st_size
     read, written = disk_rates(path, min(size, 2 << 30))
@@ -223,11 +224,12 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=1 << 20, help="of the whole jobs")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--budgets", nargs="*", default=["4GiB", "1GiB"])
-    parser.add_argument("--directory", help="for the file (default: a temporary one)")
+    parser.add_argument("--directory", help="for the file; a qkv.h5 there is used (default: temporary)")
     parser.add_argument("--results", default="benchmarks/results", help="folder for gpu_kernels.json and so on")
     arguments = parser.parse_args()
     gpu = cupy.cuda.runtime.getDeviceProperties(0)["name"].decode()
-    with tempfile.TemporaryDirectory(dir=arguments.directory) as directory:
+    with tempfile.TemporaryDirectory() as temporary:
+        directory = arguments.directory or temporary
         sections = {
             "kernels": lambda: kernel_rows(arguments.repeats),
             "host": lambda: host_rows(arguments.tokens, 64, "float16", arguments.budgets),

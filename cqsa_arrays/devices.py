@@ -61,9 +61,11 @@ def gpus() -> list[Gpu]:
         return []
     try:
         import cupy
-
+    except ImportError:  # installed, but its libraries are not
+        return []
+    try:
         count = cupy.cuda.runtime.getDeviceCount()
-    except (ImportError, cupy.cuda.runtime.CUDARuntimeError):
+    except cupy.cuda.runtime.CUDARuntimeError:
         return []
     return [_describe(index) for index in range(count)]
 
@@ -88,8 +90,10 @@ def _usable(index: int) -> Gpu:
 
 
 def _why_none() -> str:
-    import cupy
-
+    try:
+        import cupy
+    except ImportError as error:
+        return str(error)
     try:
         cupy.cuda.runtime.getDeviceCount()
     except cupy.cuda.runtime.CUDARuntimeError as error:

@@ -111,6 +111,9 @@ def _result(inputs: Inputs, request: Request) -> Result:
     """Where the output goes and of what type it is."""
     shape, layout, out = arguments.result_shape(inputs), inputs.q.layout, request.out
     if isinstance(out, np.ndarray) or hasattr(out, "__cuda_array_interface__"):
+        if not isinstance(out, np.ndarray) and type(out).__module__.partition(".")[0] != "cupy":
+            remedy = "Pass cupy.asarray(out), which is the same memory."
+            raise ArgumentError("out", f"type {type(out).__name__} on a GPU", "a CuPy array there", remedy)
         arguments.check_out_array(out, layout.physical_shape(shape), layout, inputs)
         if request.dtype is not None and arguments.resolve_dtype(request.dtype, out.dtype) != out.dtype:
             raise ArgumentError("dtype", repr(request.dtype), f"{out.dtype}, as out has", "Leave dtype out.")
@@ -157,29 +160,29 @@ def attend(job: Job) -> tuple[Any, RunReport]:
 def collect_statistics(job: Job) -> BlockStatistics:
     """Run the job and keep the states of all rows, without the axes that q's layout leaves out."""
     shape = arguments.result_shape(job.inputs)
-    results = StatisticsResults(shape[:3], shape[3], job.plan.problem.compute_dtype, _namespace(job))
+    with _on_device(job) as xp:
+        results = StatisticsResults(shape[:3], shape[3], job.plan.problem.compute_dtype, xp)
     _run(job, results)
     found, rows = results.statistics, job.inputs.q.layout.lse_shape(shape)
     return BlockStatistics(found.acc.reshape(*rows, shape[3]), found.m.reshape(rows), found.l.reshape(rows))
 
 
-def _namespace(job: Job) -> Any:
-    """NumPy, or CuPy where the result stays on the device."""
-    if not job.plan.problem.result.on_device:
-        return np
+@contextmanager
+def _on_device(job: Job) -> Iterator[Any]:
+    """The array module of the result: NumPy, or CuPy on the computing GPU where the result stays there."""
+    if job.gpu is None or not job.plan.problem.result.on_device:
+        yield np
+        return
     import cupy
 
-    return cupy
+    with cupy.cuda.Device(job.gpu.index):
+        yield cupy
 
 
 def _empty(job: Job, shape: tuple[int, ...], dtype: np.dtype) -> Any:
     """The new array of a result."""
-    if job.gpu is None or not job.plan.problem.result.on_device:
-        return np.empty(shape, dtype)
-    import cupy
-
-    with cupy.cuda.Device(job.gpu.index):
-        return cupy.empty(shape, dtype)
+    with _on_device(job) as xp:
+        return xp.empty(shape, dtype)
 
 
 def _output_results(job: Job, sink: Sink, home: np.ndarray | None) -> OutputResults:

@@ -97,7 +97,7 @@ def output_slot(problem: Problem, residency: Residency) -> OutputSlot:
     heads = min(residency.heads, problem.heads)
     row_bytes = heads * (problem.value_dim * problem.result.itemsize + problem.compute_itemsize)
     rows = min(max(1, DEVICE_OUTPUT_BYTES // row_bytes), residency.query_chunk)
-    return OutputSlot(heads, rows, _whole(rows * row_bytes))
+    return OutputSlot(heads, rows, _whole(rows * row_bytes + 8))  # the log-sum-exp begins on an 8-byte border
 
 
 def device_terms(problem: Problem, residency: Residency) -> tuple[MemoryTerm, ...]:

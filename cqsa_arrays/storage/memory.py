@@ -66,7 +66,7 @@ class HostSource:
         """Nothing to do: it is in memory."""
 
     def overlaps(self, array: np.ndarray) -> bool:
-        return bool(np.may_share_memory(self._array, array))
+        return isinstance(array, np.ndarray) and bool(np.may_share_memory(self._array, array))
 
     def close(self) -> None:
         """Nothing to do: the caller owns the array."""
@@ -138,7 +138,7 @@ class MemmapSource:
             self._pages.read_ahead(piece)
 
     def overlaps(self, array: np.ndarray) -> bool:
-        return bool(np.may_share_memory(self._array, array))
+        return isinstance(array, np.ndarray) and bool(np.may_share_memory(self._array, array))
 
     def close(self) -> None:
         """Nothing to do: the caller owns the map."""

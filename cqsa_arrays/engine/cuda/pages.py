@@ -36,7 +36,7 @@ class Slot:
 
     memory: Any
     arrived: cupy.cuda.Event
-    used: list[cupy.cuda.Event] = field(default_factory=list)
+    used: dict[int, cupy.cuda.Event] = field(default_factory=dict)  # by stream
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,7 +101,7 @@ class DevicePages:
     def release(self, stream: cupy.cuda.Stream) -> None:
         """The kernels that read those blocks are on ``stream``."""
         for slot in self._touched:
-            slot.used.append(stream.record())
+            slot.used[stream.ptr] = stream.record()
         self._touched.clear()
 
     def prefetch(self, group: Group, tokens: Range) -> None:
@@ -119,7 +119,7 @@ class DevicePages:
         link, base = self._link, slot.memory.data.ptr
         pieces = link.pieces
         assert pieces is not None, "an input that is not on the device comes in pieces"
-        for event in slot.used:
+        for event in slot.used.values():
             link.copies.wait_event(event)
         slot.used.clear()
 

@@ -7,6 +7,7 @@ from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass
 
 import cupy
+from cupy.cuda.driver import CUDADriverError
 from cupy.cuda.runtime import CUDARuntimeError
 
 from ...cover import Step
@@ -120,5 +121,5 @@ def _translated_errors(device: str) -> Iterator[None]:
     """What CUDA reports becomes an error of ours that names the device."""
     try:
         yield
-    except CUDARuntimeError as error:
+    except (CUDARuntimeError, CUDADriverError) as error:
         raise DeviceError(f"{device}: {error}. The run was stopped; compute on the CPU with device='cpu'.") from error

@@ -89,12 +89,13 @@ class DeviceOutput:
         self._under_way.append((way, self._writer.submit(write)))
 
     def _cut(self, memory: Any, shape: tuple[int, int, int], view: Callable[[Any, Any], Any]) -> tuple[Any, Any, int]:
-        """Log-sum-exp, then output, of rows of ``shape`` in ``memory``, and the bytes of both."""
+        """Output, then log-sum-exp on an 8-byte border, of rows of ``shape`` in ``memory``; the bytes of both."""
         count = int(np.prod(shape))
-        lse_bytes = count * self._state_itemsize
-        end = lse_bytes + count * self._dim * self._dtype.itemsize
-        lse = view(memory[:lse_bytes], f"f{self._state_itemsize}").reshape(shape)
-        return view(memory[lse_bytes:end], self._dtype).reshape(*shape, self._dim), lse, end
+        out_bytes = count * self._dim * self._dtype.itemsize
+        begin = -(-out_bytes // 8) * 8
+        end = begin + count * self._state_itemsize
+        lse = view(memory[begin:end], f"f{self._state_itemsize}").reshape(shape)
+        return view(memory[:out_bytes], self._dtype).reshape(*shape, self._dim), lse, end
 
     def _oldest_back(self) -> None:
         way, written = self._under_way.popleft()

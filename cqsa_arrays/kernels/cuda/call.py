@@ -13,7 +13,7 @@ from ..base import KeyBlock
 
 MAX_PIECES = 64
 # Pieces are counted in 32 bits inside the kernels.
-PIECE_TOKENS = 1 << 30
+PIECE_TOKENS = 1 << 29
 ELEMENT_KINDS = {"float16": 0, "bfloat16": 1, "float32": 2, "float64": 3}
 _WORD_BYTES = 16
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import threading
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,7 +20,7 @@ from ...block_statistics import BlockStatistics
 from ...masks import UNBOUNDED_DIAGONAL
 from ...ranges import Range
 from ..base import KeyBlock
-from .call import MAX_PIECES, Finish, RowMask, pack_call
+from .call import MAX_PIECES, PIECE_TOKENS, Finish, RowMask, pack_call
 from .source import flattened
 from .variants import Variant, choose_variant, simple_variant
 
@@ -85,8 +85,9 @@ class CudaKernel:
     ) -> None:
         """See ``Kernel.accumulate``; returns when the work is on the stream, a few launches ahead of the device."""
         mask = RowMask(-UNBOUNDED_DIAGONAL, diagonal)
-        for first in range(0, len(blocks), MAX_PIECES):
-            part = blocks[first : first + MAX_PIECES]
+        pieces = [piece for block in blocks for piece in _pieces(block)]
+        for first in range(0, len(pieces), MAX_PIECES):
+            part = pieces[first : first + MAX_PIECES]
             self._launch(
                 pack_call(
                     queries,
@@ -138,3 +139,10 @@ class CudaKernel:
             launch.finished.synchronize()
             for _ in range(launch.times):
                 launch.done(launch.rows)
+
+
+def _pieces(block: KeyBlock) -> Iterator[KeyBlock]:
+    """``block`` in pieces that the kernels can count."""
+    for first in range(0, block.keys.shape[2], PIECE_TOKENS):
+        part = slice(first, first + PIECE_TOKENS)
+        yield KeyBlock(block.start + first, block.keys[:, :, part], block.values[:, :, part])

@@ -59,13 +59,15 @@ class Variant:
 class Tile:
     """What a block of ``warps`` warps works on at once: ``rows`` query rows, ``keys`` keys.
 
-    ``blocks`` of them are to fit the registers of a multiprocessor; 0 where the kernel itself knows how many.
+    ``blocks`` of them are to fit the registers of a multiprocessor; 0 where the kernel itself knows how many. On devices
+    of the major versions ``not_on`` the compiler runs out of registers.
     """
 
     rows: int
     keys: int
     warps: int
     blocks: int = 0
+    not_on: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,9 +80,9 @@ class Family:
 
 
 def _half_bytes(tile: Tile, head_dim: int, value_dim: int) -> int:
-    """Queries, two tiles of keys, two of values; rows are 16 bytes longer than the vectors."""
+    """Queries, two tiles of keys, three of values; rows are 16 bytes longer than the vectors."""
     key, value = 2 * head_dim + 16, 2 * value_dim + 16
-    return tile.rows * key + 2 * tile.keys * (key + value)
+    return (tile.rows + 2 * tile.keys) * key + 3 * tile.keys * value
 
 
 def _single_bytes(tile: Tile, head_dim: int, value_dim: int) -> int:
@@ -107,9 +109,15 @@ FAMILIES = {
         "half.cu",
         _half_bytes,
         {
-            64: (Tile(128, 64, 4, blocks=2),),
-            128: (Tile(128, 64, 4, blocks=2), Tile(128, 32, 4, blocks=2)),
-            256: (Tile(64, 32, 4, blocks=2), Tile(64, 16, 4, blocks=2)),
+            64: (Tile(256, 64, 8, blocks=1),),
+            96: (Tile(128, 64, 8, blocks=1), Tile(64, 64, 4, blocks=1)),
+            128: (
+                Tile(256, 64, 8, blocks=1, not_on=(10,)),
+                Tile(128, 64, 8, blocks=1),
+                Tile(64, 32, 4, blocks=1),
+            ),
+            192: (Tile(128, 64, 8, blocks=1), Tile(64, 32, 4, blocks=1)),
+            256: (Tile(64, 48, 4, blocks=1), Tile(64, 32, 4, blocks=1)),
         },
     ),
     "single": Family(
@@ -128,7 +136,7 @@ FAMILIES = {
         _split_bytes,
         {
             64: (Tile(256, 32, 8), Tile(64, 16, 4)),
-            128: (Tile(256, 32, 8), Tile(128, 32, 8), Tile(64, 16, 4)),
+            128: (Tile(256, 32, 8, not_on=(10,)), Tile(128, 32, 8), Tile(64, 16, 4)),
             192: (Tile(128, 16, 8), Tile(32, 16, 2)),
             256: (Tile(128, 16, 8), Tile(32, 16, 2)),
         },
@@ -151,8 +159,8 @@ def choose_variant(dtype: str, head_dim: int, value_dim: int, capability: tuple[
     ``split``: products of float32 elements are made on tensor cores, from parts; else by plain float32 arithmetic.
 
     >>> choose_variant("float16", 80, 128, (9, 0), split=False)  # doctest: +NORMALIZE_WHITESPACE
-    Variant(source='half.cu', element='float16', head_dim=96, value_dim=128, block_rows=128, block_keys=64, warps=4,
-            shared_bytes=88064, blocks=2)
+    Variant(source='half.cu', element='float16', head_dim=96, value_dim=128, block_rows=256, block_keys=64, warps=8,
+            shared_bytes=132096, blocks=1)
     """
     if capability < OLDEST:
         asked = ".".join(map(str, capability))
@@ -160,16 +168,23 @@ def choose_variant(dtype: str, head_dim: int, value_dim: int, capability: tuple[
     family = FAMILIES.get(_family(dtype, split))
     if family is None or max(head_dim, value_dim) > PADDED[-1]:
         return simple_variant(dtype)
-    head, value = (next(width for width in PADDED if dim <= width) for dim in (head_dim, value_dim))
+    # Finished rows pass through the memory of key and value tiles, which must not be much narrower than they are.
+    head, value = (_padded(dim) for dim in (max(head_dim, value_dim // 2), value_dim))
     tiles = next(tiles for limit, tiles in family.tiles.items() if max(head, value) <= limit)
     sized = ((tile, family.shared_bytes(tile, head, value)) for tile in tiles)
     limit = shared_limit_bytes(capability)
-    fitting = ((t, used) for t, used in sized if used + _STATIC_BYTES * t.warps <= limit)
+    fitting = (
+        (t, used) for t, used in sized if used + _STATIC_BYTES * t.warps <= limit and capability[0] not in t.not_on
+    )
     found = next(fitting, None)
     if found is None:
         return simple_variant(dtype)
     tile, used = found
     return Variant(family.source, dtype, head, value, tile.rows, tile.keys, tile.warps, used, tile.blocks)
+
+
+def _padded(dim: int) -> int:
+    return next(width for width in PADDED if dim <= width)
 
 
 def simple_variant(dtype: str) -> Variant:

@@ -1,0 +1,406 @@
+"""Arrays on the host and files through a small part of a GPU: bounds, bits, and what errors leave behind."""
+
+from __future__ import annotations
+
+import gc
+import logging
+import os
+from pathlib import Path
+
+import h5py
+import ml_dtypes
+import numpy as np
+import pytest
+from gpu_cases import (
+    BFLOAT16,
+    assert_close,
+    assert_lse_close,
+    by_dtype,
+    device_free,
+    device_peak,
+    exact,
+    host,
+    least_bytes,
+    normal,
+    ours_alive,
+    qkv,
+)
+
+import cqsa_arrays as cqsa
+from cqsa_arrays import Options
+from cqsa_arrays.errors import DeviceMemoryError
+from cqsa_arrays.storage import ArraySink, OutputFile
+from cqsa_arrays.storage.memory import HostSource
+
+# Steps in which the driver hands out memory, and what a small budget's prediction may be off by.
+GRANULARITY, SMALL = 2 << 20, 12 << 20
+pytestmark = pytest.mark.usefixtures("gpu")
+by_cover = pytest.mark.parametrize("cover", ["cqs", "rectangular"])
+
+
+@pytest.fixture(autouse=True)
+def _no_thread_is_left():
+    yield
+    assert not ours_alive()
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def store(arrays, storage: str, layout: str = "bhnd") -> tuple[str, str, str]:
+    """The data sets of in.h5 that hold the arrays."""
+    options = {
+        "contiguous": {},
+        "chunked": {"chunks": True},
+        "compressed": {"chunks": (1, 1, 300, arrays[0].shape[3]), "compression": "gzip", "compression_opts": 1},
+    }[storage]
+    with h5py.File("in.h5", "w") as file:
+        for name, array in zip("qkv", arrays, strict=True):
+            bits = array.view("u2") if array.dtype == BFLOAT16 else array
+            dataset = file.create_dataset(name, data=bits, **options)
+            dataset.attrs["layout"] = layout
+            if array.dtype == BFLOAT16:
+                dataset.attrs["dtype"] = "bfloat16"
+    return "in.h5:/q", "in.h5:/k", "in.h5:/v"
+
+
+def parts(plan: cqsa.Plan) -> int:
+    return plan.chosen.query_parts * plan.chosen.key_parts * len(plan.groups)
+
+
+# ---- many chunks
+
+
+@by_dtype
+@by_cover
+@pytest.mark.parametrize("offset", [None, 0, 900], ids=lambda offset: f"offset {offset}")
+@pytest.mark.parametrize("room", [1.0, 1.6], ids=["least", "more"])
+def test_arrays_on_the_host_in_many_chunks(dtype, cover, offset, room):
+    arrays = qkv(2, 3, 1500, 64, keys=2411, value_dim=48, dtype=dtype)
+    call = {
+        "mask": None if offset is None else cqsa.causal(offset),
+        "device": "cuda",
+        "options": Options(cover=cover),
+    }
+    memory = int(room * least_bytes(*arrays, **call))
+    plan = cqsa.plan(*arrays, memory=memory, **call)
+    assert plan.cover_name == cover
+    assert parts(plan) >= 6
+    assert plan.memory_bytes <= memory
+    out = cqsa.attention(*arrays, memory=memory, **call)
+    assert (type(out), out.dtype) == (np.ndarray, dtype)
+    assert_close(out, exact(*arrays, offset=offset)[0])
+
+
+@by_cover
+@pytest.mark.parametrize("storage", ["contiguous", "chunked", "compressed"])
+@pytest.mark.parametrize("dtype", ["f2", "f4", "f8"])
+def test_files_in_many_chunks(folder, cover, storage, dtype):
+    arrays = qkv(1, 3, 1500, 64, keys=2411, dtype=dtype)
+    names = store(arrays, storage)
+    call = {"mask": cqsa.causal(-20), "device": "cuda", "out": "out.h5", "options": Options(cover=cover)}
+    memory = least_bytes(*names, **call)
+    out = cqsa.attention(*names, memory=memory, **call)
+    expected, lse = exact(*arrays, offset=-20)
+    assert_close(out[...], expected)
+    with h5py.File("out.h5") as file:
+        assert_lse_close(file["lse"][...], lse)
+    assert cqsa.verify("out.h5").passed
+    assert sorted(os.listdir()) == ["in.h5", "out.h5"]
+
+
+@by_cover
+@pytest.mark.parametrize("layout", ["bnhd", "nhd", "nd"])
+def test_layouts_with_tokens_outside_heads(cover, layout):
+    heads = 1 if layout == "nd" else 3
+    arrays = qkv(1, heads, 1500, 40, dtype="f2")
+    given = [np.ascontiguousarray(array[0].swapaxes(0, 1)) for array in arrays]
+    shape = {"bnhd": (1, 1500, 3, 40), "nhd": (1500, 3, 40), "nd": (1500, 40)}[layout]
+    given = [array.reshape(shape) for array in given]
+    call = {"causal": True, "layout": layout, "device": "cuda", "options": Options(cover=cover)}
+    out = cqsa.attention(*given, memory=least_bytes(*given, **call), **call)
+    assert_close(out, exact(*arrays, offset=0)[0][0].swapaxes(0, 1).reshape(shape))
+
+
+@pytest.mark.parametrize("chunks", [1, 3, 5, 16, 40])
+def test_any_number_of_chunks(chunks):
+    arrays = qkv(1, 2, 2000, 64, dtype="f8")
+    out = cqsa.attention(*arrays, causal=True, device="cuda", options=Options(chunks=chunks))
+    assert_close(out, exact(*arrays, offset=0)[0])
+
+
+def test_dead_tasks_and_rows_without_keys():
+    arrays = qkv(1, 2, 2000, 64, dtype="f4")
+    for cover in ("cqs", "rectangular"):
+        call = {"mask": cqsa.causal(-1500), "device": "cuda", "options": Options(cover=cover)}
+        out = cqsa.attention(*arrays, memory=least_bytes(*arrays, **call), **call)
+        assert not out[:, :, :1500].any()
+        assert_close(out, exact(*arrays, offset=-1500)[0])
+
+
+# ---- the bound
+
+BOUNDS = [
+    ("cqs", "f2", "48MiB"),
+    ("cqs", "f4", "96MiB"),
+    ("rectangular", "f2", "24MiB"),
+    ("rectangular", "f4", "64MiB"),
+    ("auto", "f2", None),
+]
+LONG = [("cqs", "f2", None), ("rectangular", "f4", None)]
+
+
+@pytest.mark.parametrize(("cover", "dtype", "memory"), BOUNDS, ids=str)
+@pytest.mark.parametrize("to", ["array", "file", "statistics"])
+def test_device_memory_stays_within_the_plan_and_the_plan_is_near_it(folder, cover, dtype, memory, to):
+    operands = [normal(1, 4, 32768, 64, dtype=dtype, seed=seed) for seed in range(3)]
+    call = {"causal": True, "device": "cuda", "memory": memory, "options": Options(cover=cover, overwrite=True)}
+    check_bound(operands, {**call, "out": "out.h5"} if to == "file" else call, to == "statistics")
+
+
+@pytest.mark.parametrize(("cover", "dtype", "memory"), LONG, ids=str)
+def test_the_prediction_of_a_large_plan_is_within_5_percent(cover, dtype, memory):
+    operands = [normal(1, 2, 1 << 18, 64, dtype=dtype, seed=seed) for seed in range(3)]
+    call = {"causal": True, "device": "cuda", "memory": memory, "options": Options(cover=cover)}
+    assert check_bound(operands, call, False) > 1.05 * SMALL
+
+
+def check_bound(operands, call, as_statistics: bool) -> int:
+    """Runs a call several times; what the driver counts is within the plan and near it. The plan's bytes."""
+    plan = statistics_plan(operands, call) if as_statistics else cqsa.plan(*operands, **call)
+    run = cqsa.statistics if as_statistics else cqsa.attention
+    run(*operands, **call)  # context, kernels
+    before = device_free()
+    with device_peak() as peak:
+        for _ in range(3):
+            run(*operands, **call)
+    assert peak() <= plan.memory_bytes + GRANULARITY
+    assert plan.memory_bytes <= max(1.05 * peak(), peak() + SMALL)
+    assert device_free() >= before  # nothing is kept
+    return plan.memory_bytes
+
+
+def statistics_plan(operands, call) -> cqsa.Plan:
+    from cqsa_arrays.job import Request, prepared
+
+    q, k, v = operands
+    with prepared(Request(q=q, k=k, v=v, **call), as_statistics=True) as job:
+        return job.plan
+
+
+@by_cover
+def test_arrays_on_the_gpu_take_no_more_than_states(cover):
+    import cupy
+
+    operands = [cupy.asarray(normal(1, 4, 32768, 64, dtype="f2", seed=seed)) for seed in range(3)]
+    out = cupy.empty_like(operands[0])
+    call = {"causal": True, "out": out, "options": Options(cover=cover)}
+    plan = cqsa.plan(*operands, **call)
+    assert [term.name for term in plan.chosen.terms] == ["states"]
+    cqsa.attention(*operands, **call)
+    with device_peak() as peak:
+        cqsa.attention(*operands, **call)
+    assert peak() <= plan.memory_bytes + GRANULARITY
+
+
+def test_a_budget_that_is_too_small_is_refused_before_anything_is_taken():
+    operands = qkv(1, 2, 3000, 64, dtype="f2")
+    least = least_bytes(*operands, device="cuda")
+    with device_peak() as peak, pytest.raises(cqsa.BudgetError, match=f"Pass memory={least} or more"):
+        cqsa.attention(*operands, device="cuda", memory=least // 2)
+    assert peak() <= 0
+
+
+# ---- the same bits
+
+
+@by_cover
+@pytest.mark.parametrize("dtype", ["f2", "f4"])
+def test_bits_depend_neither_on_the_run_nor_on_reader_threads(cover, dtype, monkeypatch):
+    operands = qkv(1, 4, 8000, 64, dtype=dtype)
+    call = {"causal": True, "device": "cuda", "options": Options(cover=cover)}
+    call["memory"] = int(1.2 * least_bytes(*operands, **call))
+    runs = [cqsa.attention(*operands, **call) for _ in range(3)]
+    for threads in (1, 2, 7):
+        monkeypatch.setattr("cqsa_arrays.engine.cuda.resident.READER_THREADS", threads)
+        runs.append(cqsa.attention(*operands, **call))
+    assert all(np.array_equal(runs[0], run) for run in runs[1:])
+
+
+# ---- memory that somebody else has taken
+
+
+def test_a_device_that_has_less_than_planned_leads_to_a_smaller_plan(monkeypatch, caplog):
+    from cqsa_arrays.engine.cuda import resident
+
+    arrays, taken = qkv(1, 4, 6000, 64, dtype="f2"), []
+    planned = cqsa.plan(*arrays, device="cuda").memory_bytes
+    arena = resident.Arena
+
+    def once_full(size_bytes):
+        taken.append(size_bytes)
+        if len(taken) == 1:
+            raise DeviceMemoryError("memory: somebody was quicker.", planned // 2)
+        return arena(size_bytes)
+
+    monkeypatch.setattr(resident, "Arena", once_full)
+    with caplog.at_level(logging.INFO, "cqsa_arrays"):
+        out = cqsa.attention(*arrays, device="cuda")
+    assert_close(out, exact(*arrays)[0])
+    assert taken[0] == planned
+    assert taken[1:] == [size for size in taken[1:] if size <= 0.9 * (planned // 2)]
+    assert len(taken) == 2
+    assert "somebody was quicker. Going on with a smaller plan" in caplog.text
+
+
+def test_a_device_that_has_too_little_for_any_plan_says_so(monkeypatch):
+    from cqsa_arrays.engine.cuda import resident
+
+    def full(size_bytes):
+        raise DeviceMemoryError("memory: somebody was quicker.", 1000)
+
+    monkeypatch.setattr(resident, "Arena", full)
+    with pytest.raises(cqsa.BudgetError, match="what cuda:0 had left"):
+        cqsa.attention(*qkv(1, 2, 3000, 64, dtype="f2"), device="cuda")
+
+
+def test_most_of_the_device_is_really_taken(caplog):
+    import cupy
+
+    arrays = [normal(1, 2, 1 << 18, 64, dtype="f2", seed=seed) for seed in range(3)]
+    call = {"causal": True, "device": "cuda"}
+    before = cqsa.attention(*arrays, **call)
+    left = 64 << 20
+    assert cqsa.plan(*arrays, **call).memory_bytes > 2 * left
+    others = cupy.cuda.Memory(device_free() - left)
+    try:
+        with caplog.at_level(logging.INFO, "cqsa_arrays"):
+            out = cqsa.attention(*arrays, **call)
+    finally:
+        del others
+    assert "Going on with a smaller plan" in caplog.text
+    assert_close(out[:, 0], before[:, 0].astype("f8"))
+
+
+# ---- errors
+
+
+class Midway:
+    """Replaces a method of a class: the ``at``-th call raises ``error``."""
+
+    def __init__(self, monkeypatch, owner: type, name: str, error: BaseException, at: int = 5) -> None:
+        self.calls, self._at, self._error, self._usual = 0, at, error, getattr(owner, name)
+        monkeypatch.setattr(owner, name, lambda *given, **named: self(*given, **named))
+
+    def __call__(self, *given, **named):
+        self.calls += 1
+        if self.calls >= self._at:
+            raise self._error
+        return self._usual(*given, **named)
+
+
+ERRORS = [cqsa.StorageError("the disk is gone"), OSError(5, "gone"), KeyboardInterrupt()]
+
+
+@by_cover
+@pytest.mark.parametrize("error", ERRORS, ids=lambda error: type(error).__name__)
+@pytest.mark.parametrize("where", ["source", "array", "file", "lse"])
+def test_an_error_midway_is_raised_and_leaves_nothing(folder, cover, error, where, monkeypatch):
+    arrays = qkv(1, 3, 2000, 64, dtype="f2")
+    call = {"causal": True, "device": "cuda", "options": Options(cover=cover)}
+    if where in ("file", "lse"):
+        call["out"] = "out.h5"
+    call["memory"] = least_bytes(*arrays, **call)
+    expected = cqsa.attention(*arrays, **call)[...]
+    for path in folder.iterdir():
+        path.unlink()
+    before = device_free()
+    owner, name = {
+        "source": (HostSource, "read"),
+        "array": (ArraySink, "write_out"),
+        "file": (OutputFile, "write_out"),
+        "lse": (OutputFile, "write_lse"),
+    }[where]
+    midway = Midway(monkeypatch, owner, name, error)
+    with pytest.raises(type(error)) as caught:
+        cqsa.attention(*arrays, **call)
+    assert caught.value is error
+    assert midway.calls >= 5
+    assert not ours_alive()
+    assert os.listdir() == []
+    monkeypatch.undo()
+    monkeypatch.chdir(folder)
+    error.__traceback__ = None
+    del caught
+    gc.collect()
+    assert device_free() >= before - GRANULARITY
+    assert np.array_equal(cqsa.attention(*arrays, **call)[...], expected)
+
+
+def test_an_error_in_the_first_read(folder, monkeypatch):
+    arrays = qkv(1, 1, 2000, 64, dtype="f2")
+    Midway(monkeypatch, HostSource, "read", cqsa.StorageError("gone"), at=1)
+    with pytest.raises(cqsa.StorageError, match="gone"):
+        cqsa.attention(*arrays, device="cuda", out="out.h5")
+    assert os.listdir() == []
+
+
+def test_what_cuda_reports_becomes_an_error_that_names_the_device(monkeypatch):
+    import cupy
+    from cupy_backends.cuda.api.driver import CUDADriverError
+
+    from cqsa_arrays.kernels.cuda.kernel import CudaKernel
+
+    arrays = qkv(1, 1, 500, 64, dtype="f2")
+    cqsa.attention(*arrays, device="cuda")
+
+    for error in (cupy.cuda.runtime.CUDARuntimeError(719), CUDADriverError(719)):
+        Midway(monkeypatch, CudaKernel, "accumulate", error, at=1)
+        with pytest.raises(cqsa.DeviceError, match=r"^cuda:0: "):
+            cqsa.attention(*arrays, device="cuda")
+        monkeypatch.undo()
+    assert_close(cqsa.attention(*arrays, device="cuda"), exact(*arrays)[0])
+
+
+# ---- what else a run is part of
+
+
+def test_progress_reaches_all_pairs(monkeypatch):
+    """The executor tells of every pair once, although it runs ahead of the device."""
+    from cqsa_arrays.engine import executor
+    from cqsa_arrays.job import Request, _output_results, prepared
+    from cqsa_arrays.storage import Layout
+
+    class Counter:
+        pairs = 0
+
+        def advance(self, pairs: int) -> None:
+            self.pairs += pairs
+
+        def close(self) -> None:
+            """Nothing to do."""
+
+    q, k, v = qkv(1, 3, 2000, 64, dtype="f2")
+    for cover in ("cqs", "rectangular"):
+        call = {"causal": True, "device": "cuda", "options": Options(cover=cover)}
+        out, counter = np.empty(q.shape, "f2"), Counter()
+        with prepared(Request(q=q, k=k, v=v, out=out, memory=least_bytes(q, k, v, **call), **call)) as job:
+            sink = ArraySink(out, None, Layout("bhnd"))
+            report = executor.run(job.plan, job.inputs, _output_results(job, sink, None), counter)
+        assert counter.pairs == job.plan.problem.pairs
+        assert report.input_read_bytes >= q.nbytes + k.nbytes + v.nbytes
+
+
+def test_maps_and_bfloat16_bits_are_streamed(folder):
+    arrays = qkv(1, 2, 1500, 64, dtype=ml_dtypes.bfloat16)
+    maps = []
+    for name, array in zip("qkv", arrays, strict=True):
+        made = np.memmap(f"{name}.raw", array.dtype, "w+", shape=array.shape)
+        made[...] = array
+        maps.append(made)
+    call = {"causal": True, "device": "cuda"}
+    out = cqsa.attention(*maps, memory=least_bytes(*maps, **call), **call)
+    assert_close(host(out), exact(*arrays, offset=0)[0])

@@ -1,0 +1,136 @@
+"""Which device computes, and what is said where that cannot be; without a GPU, with a CuPy that is made up."""
+
+from __future__ import annotations
+
+import importlib.machinery
+import importlib.util
+import sys
+import types
+
+import numpy as np
+import pytest
+
+import cqsa_arrays as cqsa
+from cqsa_arrays import devices
+from cqsa_arrays.devices import Gpu, gpus, resolve_device
+
+
+class CUDARuntimeError(RuntimeError):
+    pass
+
+
+def made_up(monkeypatch, *capabilities: tuple[int, int], error: Exception | None = None) -> None:
+    """A module cupy that sees GPUs of these compute capabilities, or raises when asked for them."""
+
+    def count() -> int:
+        if error is not None:
+            raise error
+        return len(capabilities)
+
+    def properties(index: int) -> dict[str, object]:
+        major, minor = capabilities[index]
+        return {"name": b"made up", "totalGlobalMem": 80 << 30, "major": major, "minor": minor}
+
+    cupy = types.ModuleType("cupy")
+    cupy.__spec__ = importlib.machinery.ModuleSpec("cupy", None)
+    runtime = types.SimpleNamespace(
+        CUDARuntimeError=CUDARuntimeError, getDeviceCount=count, getDeviceProperties=properties
+    )
+    cupy.cuda = types.SimpleNamespace(runtime=runtime)
+    monkeypatch.setitem(sys.modules, "cupy", cupy)
+
+
+def without_cupy(monkeypatch) -> None:
+    usual = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *rest: None if name == "cupy" else usual(name, *rest))
+
+
+@pytest.mark.parametrize(
+    "device", ["gpu", "CUDA", "cuda:", "cuda:-1", "cuda:x", "cuda:0 ", "", None, 0, b"cpu"], ids=repr
+)
+def test_other_names_are_refused(device, monkeypatch):
+    made_up(monkeypatch, (9, 0))
+    with pytest.raises(
+        cqsa.ArgumentError, match=r"^device: found .*; expected 'auto', 'cpu', 'cuda' or 'cuda:<number>'"
+    ):
+        resolve_device(device, set())
+
+
+def test_each_name_finds_its_device(monkeypatch):
+    made_up(monkeypatch, (9, 0), (8, 0))
+    first, second = gpus()
+    assert first == Gpu(0, "made up", 80 << 30, (9, 0))
+    assert (first.name, second.name) == ("cuda:0", "cuda:1")
+    found = {name: resolve_device(name, set()) for name in ("auto", "cpu", "cuda", "cuda:0", "cuda:1")}
+    assert found == {"auto": first, "cpu": None, "cuda": first, "cuda:0": first, "cuda:1": second}
+
+
+def test_arrays_on_a_gpu_decide(monkeypatch):
+    made_up(monkeypatch, (9, 0), (8, 0))
+    for device in ("auto", "cuda", "cuda:1"):
+        assert resolve_device(device, {1}) == gpus()[1]
+    for device in ("cpu", "cuda:0"):
+        with pytest.raises(
+            cqsa.ArgumentError, match=f"device: found '{device}' with arrays on cuda:1; expected 'cuda:1'"
+        ):
+            resolve_device(device, {1})
+    with pytest.raises(cqsa.ArgumentError, match=r"q, k, v, out: found arrays on cuda:0, cuda:1; expected .* one GPU"):
+        resolve_device("auto", {0, 1})
+
+
+def test_without_cupy_the_cpu_computes_and_a_gpu_is_refused_with_a_remedy(monkeypatch):
+    without_cupy(monkeypatch)
+    assert gpus() == []
+    assert resolve_device("auto", set()) is None
+    assert resolve_device("cpu", set()) is None
+    for device in ("cuda", "cuda:3"):
+        with pytest.raises(
+            cqsa.ArgumentError, match=r"without CuPy; .*pip install 'cqsa-arrays\[cuda13\]'.*device='cpu'"
+        ):
+            resolve_device(device, set())
+    x = np.ones((1, 1, 9, 4), "f4")
+    with pytest.raises(cqsa.ArgumentError, match="without CuPy"):
+        cqsa.attention(x, x, x, device="cuda")
+    assert cqsa.plan(x, x, x).device == "cpu"
+
+
+def test_without_a_gpu_the_cpu_computes_and_the_reason_is_said(monkeypatch):
+    made_up(monkeypatch, error=CUDARuntimeError("no driver"))
+    assert gpus() == []
+    assert resolve_device("auto", set()) is None
+    with pytest.raises(cqsa.DeviceError, match=r"cuda:0 was asked for, .* no GPU: no driver\. Pass device='cpu'"):
+        resolve_device("cuda", set())
+    made_up(monkeypatch)
+    with pytest.raises(cqsa.DeviceError, match=r"there is none\. Pass device='cpu'"):
+        resolve_device("cuda", set())
+
+
+def test_a_gpu_that_is_not_there(monkeypatch):
+    made_up(monkeypatch, (9, 0), (8, 0))
+    with pytest.raises(cqsa.ArgumentError, match="found cuda:2; expected one of cuda:0, cuda:1"):
+        resolve_device("cuda:2", set())
+
+
+def test_a_gpu_that_is_too_old(monkeypatch):
+    made_up(monkeypatch, (7, 5))
+    assert resolve_device("auto", set()) is None
+    with pytest.raises(cqsa.ArgumentError, match=r"compute capability 7\.5; expected 8\.0 or newer\. .*'cpu'"):
+        resolve_device("cuda", set())
+
+
+def test_a_cupy_that_cannot_be_imported(monkeypatch, tmp_path):
+    """As where libraries of CUDA are missing: the CPU computes, and a GPU is refused with an error of ours."""
+    (tmp_path / "cupy.py").write_text("raise ImportError('libnvrtc.so is missing')\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    for name in [name for name in sys.modules if name.partition(".")[0] == "cupy"]:
+        monkeypatch.delitem(sys.modules, name)
+    assert gpus() == []
+    assert resolve_device("auto", set()) is None
+    with pytest.raises(cqsa.CqsaError, match=r"libnvrtc\.so is missing"):
+        resolve_device("cuda", set())
+
+
+def test_the_oldest_that_kernels_take_is_the_oldest_that_is_chosen():
+    from cqsa_arrays.kernels.cuda import variants
+
+    assert devices.OLDEST == variants.OLDEST
