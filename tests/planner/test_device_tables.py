@@ -82,7 +82,8 @@ CASES = {
             "states": 512 * 18 * 4, "output pieces": OUTPUT_SLOTS * whole(512 * (16 * 4 + 4) + 8),
         },
         {
-            "page-locked pieces": PINNED, "page-locked output": OUTPUT_SLOTS * whole(512 * (16 * 4 + 4) + 8), "threads": THREADS,
+            "page-locked pieces": PINNED, "page-locked output": OUTPUT_SLOTS * whole(512 * (16 * 4 + 4) + 8),
+            "threads": THREADS,
             "result": 2 * 1024 * 16 * 4,
         },
     ),

@@ -59,8 +59,8 @@ class Variant:
 class Tile:
     """What a block of ``warps`` warps works on at once: ``rows`` query rows, ``keys`` keys.
 
-    ``blocks`` of them are to fit the registers of a multiprocessor; 0 where the kernel itself knows how many. On devices
-    of the major versions ``not_on`` the compiler runs out of registers.
+    ``blocks`` of them are to fit the registers of a multiprocessor; 0 where the kernel itself knows how many. On
+    devices of the major versions ``not_on`` the compiler runs out of registers.
     """
 
     rows: int
