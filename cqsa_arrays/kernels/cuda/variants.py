@@ -92,6 +92,12 @@ def _single_bytes(tile: Tile, head_dim: int, value_dim: int) -> int:
 
 
 def _split_bytes(tile: Tile, head_dim: int, value_dim: int) -> int:
+    """Queries, a tile of keys, one of values as pairs of float16, rows 8 pairs longer than the vectors; raw tiles."""
+    stored = (tile.rows + tile.keys) * (head_dim + 8) + tile.keys * (value_dim + 8)
+    return 4 * (stored + tile.keys * (head_dim + value_dim))
+
+
+def _split_wide_bytes(tile: Tile, head_dim: int, value_dim: int) -> int:
     """Queries, two tiles of keys, two of values."""
     return 4 * ((tile.rows + 2 * tile.keys) * (head_dim + 16) + 2 * tile.keys * (value_dim + 4))
 
@@ -135,8 +141,14 @@ FAMILIES = {
         "split.cu",
         _split_bytes,
         {
-            64: (Tile(256, 32, 8), Tile(64, 16, 4)),
-            128: (Tile(256, 32, 8, not_on=(10,)), Tile(128, 32, 8), Tile(64, 16, 4)),
+            64: (Tile(256, 32, 8, blocks=1), Tile(128, 32, 8, blocks=1)),
+            128: (Tile(128, 32, 8, blocks=1), Tile(64, 16, 4, blocks=1)),
+        },
+    ),
+    "split_wide": Family(
+        "split_wide.cu",
+        _split_wide_bytes,
+        {
             192: (Tile(128, 16, 8), Tile(32, 16, 2)),
             256: (Tile(128, 16, 8), Tile(32, 16, 2)),
         },
@@ -165,7 +177,7 @@ def choose_variant(dtype: str, head_dim: int, value_dim: int, capability: tuple[
     if capability < OLDEST:
         asked = ".".join(map(str, capability))
         raise ArgumentError("device", f"compute capability {asked}", "8.0 or newer", "Compute on the CPU instead.")
-    family = FAMILIES.get(_family(dtype, split))
+    family = FAMILIES.get(_family(dtype, split, max(head_dim, value_dim)))
     if family is None or max(head_dim, value_dim) > PADDED[-1]:
         return simple_variant(dtype)
     # Finished rows pass through the memory of key and value tiles, which must not be much narrower than they are.
@@ -201,9 +213,9 @@ def shared_limit_bytes(capability: tuple[int, int]) -> int:
     return 1024 * _SHARED_KIB.get(capability, _LEAST_SHARED_KIB)
 
 
-def _family(dtype: str, split: bool) -> str:
+def _family(dtype: str, split: bool, dim: int) -> str:
     if dtype == "float64":
         return "double"
     if dtype == "float32":
-        return "split" if split else "single"
+        return "single" if not split else "split" if dim <= max(FAMILIES["split"].tiles) else "split_wide"
     return "half"
