@@ -108,11 +108,3 @@ def _describe(index: int) -> Gpu:
     return Gpu(
         index, properties["name"].decode(), properties["totalGlobalMem"], (properties["major"], properties["minor"])
     )
-
-
-def free_bytes(gpu: Gpu) -> int:
-    """What the driver says is free on ``gpu`` now."""
-    import cupy
-
-    with cupy.cuda.Device(gpu.index):
-        return int(cupy.cuda.runtime.memGetInfo()[0])

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
@@ -72,13 +71,13 @@ class DeviceOutput:
             self._oldest_back()
         way = self._free.pop()
         shape = (1, len(heads), len(tokens))
-        out, lse, size_bytes = self._cut(way.device, shape, lambda part, dtype: part.view(dtype))
+        out, lse, size_bytes = self._cut(way.device, shape)
         self._kernel.finish(state, out, lse)
         self._out.wait_event(self._link.compute.record())
         to_host = runtime.memcpyDeviceToHost
         runtime.memcpyAsync(way.host.ctypes.data, way.device.data.ptr, size_bytes, to_host, self._out.ptr)
         way.copied.record(self._out)
-        host_out, host_lse, _ = self._cut(way.host, shape, lambda part, dtype: part.view(dtype))
+        host_out, host_lse, _ = self._cut(way.host, shape)
 
         def write() -> None:
             with self._link.device:
@@ -88,14 +87,14 @@ class DeviceOutput:
 
         self._under_way.append((way, self._writer.submit(write)))
 
-    def _cut(self, memory: Any, shape: tuple[int, int, int], view: Callable[[Any, Any], Any]) -> tuple[Any, Any, int]:
+    def _cut(self, memory: Any, shape: tuple[int, int, int]) -> tuple[Any, Any, int]:
         """Output, then log-sum-exp on an 8-byte border, of rows of ``shape`` in ``memory``; the bytes of both."""
         count = int(np.prod(shape))
         out_bytes = count * self._dim * self._dtype.itemsize
         begin = -(-out_bytes // 8) * 8
         end = begin + count * self._state_itemsize
-        lse = view(memory[begin:end], f"f{self._state_itemsize}").reshape(shape)
-        return view(memory[:out_bytes], self._dtype).reshape(*shape, self._dim), lse, end
+        lse = memory[begin:end].view(f"f{self._state_itemsize}").reshape(shape)
+        return memory[:out_bytes].view(self._dtype).reshape(*shape, self._dim), lse, end
 
     def _oldest_back(self) -> None:
         way, written = self._under_way.popleft()

@@ -4,6 +4,7 @@
 #pragma once
 #include "copy.cuh"
 #include "finish.cuh"
+#include "fragment.cuh"
 #include "simple.cuh"
 
 constexpr int THREADS = 32 * WARPS, ROW_TILES = BLOCK_ROWS / (16 * WARPS), ROWS = 2 * ROW_TILES;
@@ -23,17 +24,6 @@ static_assert(sizeof(Shared) == SHARED_BYTES, "the host computes the same size")
 static_assert(16 * WARPS * STAGE_PITCH * 4 <= sizeof(Shared::keys) + sizeof(Shared::values), "rows are staged there");
 static_assert(GROUPS == 1 || GROUPS == 2, "two groups take turns");
 static_assert(ROW_TILES * 16 * WARPS == BLOCK_ROWS && BLOCK_KEYS % 16 == 0, "whole fragments");
-
-__device__ __forceinline__ void load_matrices(uint32 (&to)[4], uint32 address) {
-    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
-                 : "=r"(to[0]), "=r"(to[1]), "=r"(to[2]), "=r"(to[3])
-                 : "r"(address));
-}
-__device__ __forceinline__ void load_transposed(uint32 (&to)[4], uint32 address) {
-    asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
-                 : "=r"(to[0]), "=r"(to[1]), "=r"(to[2]), "=r"(to[3])
-                 : "r"(address));
-}
 
 // sum (16 x 8) += a (16 x 16) b (16 x 8)
 __device__ __forceinline__ void multiply(float (&sum)[4], const uint32 (&a)[4], uint32 b0, uint32 b1) {
@@ -57,12 +47,6 @@ __device__ __forceinline__ uint32 packed(float low, float high) {
         asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(both) : "f"(high), "f"(low));
     }
     return both;
-}
-
-__device__ __forceinline__ float exp2_of(float x) {
-    float y;
-    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
-    return y;
 }
 
 // threadIdx.x where it may not be worked out before the loop: what only rare tiles need would take registers.

@@ -31,6 +31,7 @@
 // rescaling only when a maximum grew: Zadouri et al., "FlashAttention-4".
 // Defines: ELEMENT (FLOAT32), HEAD_DIM, VALUE_DIM, BLOCK_ROWS, BLOCK_KEYS, WARPS, SHARED_BYTES.
 #include "copy.cuh"
+#include "fragment.cuh"
 #include "simple.cuh"
 
 constexpr int THREADS = 32 * WARPS, WARP_ROWS = BLOCK_ROWS / WARPS;
@@ -88,12 +89,6 @@ __device__ __forceinline__ int key_lane() { return threadIdx.x / 2 % 8; }
 __device__ __forceinline__ int row_of(int i) { return threadIdx.x / 32 * WARP_ROWS + row_lane() + 4 * i; }
 
 __device__ __forceinline__ float4 word_at(const float* from) { return *reinterpret_cast<const float4*>(from); }
-
-__device__ __forceinline__ float exp2_of(float x) {
-    float y;
-    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
-    return y;
-}
 
 // sums += Q K^T over 4 dimensions; pointers are to those of this lane's first row and key.
 __device__ __forceinline__ void score_step(float (&sums)[ROWS][KEYS], const float* queries, const float* keys) {

@@ -46,12 +46,6 @@ constexpr int TURNS = STAGED_BYTES <= STAGE_BYTES ? 1 : STAGED_BYTES <= 2 * STAG
 static_assert(STAGED_BYTES <= TURNS * STAGE_BYTES, "rows are staged there");
 static_assert(WARPS % TURNS == 0, "equal turns");
 
-__device__ __forceinline__ float exp2_of(float x) {
-    float y;
-    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
-    return y;
-}
-
 // What a thread keeps of its rows: row i of ROWS is row  warp * 16 ROW_TILES + 16 (i / 2) + 8 (i % 2) + lane / 4.
 struct Rows {
     float best[ROWS];                            // largest plain score so far

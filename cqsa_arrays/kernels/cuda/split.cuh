@@ -4,6 +4,7 @@
 #pragma once
 #include "copy.cuh"
 #include "finish.cuh"
+#include "fragment.cuh"
 #include "simple.cuh"
 
 constexpr int THREADS = 32 * WARPS, ROW_TILES = BLOCK_ROWS / (16 * WARPS), ROWS = 2 * ROW_TILES;
@@ -27,17 +28,6 @@ struct Shared {
 static_assert(sizeof(Shared) == SHARED_BYTES, "the host computes the same size");
 static_assert(ELEMENT == FLOAT32, "copied as it is");
 static_assert(ROW_TILES * 16 * WARPS == BLOCK_ROWS && BLOCK_KEYS % 16 == 0, "whole fragments");
-
-__device__ __forceinline__ void load_matrices(uint32 (&to)[4], uint32 address) {
-    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
-                 : "=r"(to[0]), "=r"(to[1]), "=r"(to[2]), "=r"(to[3])
-                 : "r"(address));
-}
-__device__ __forceinline__ void load_transposed(uint32 (&to)[4], uint32 address) {
-    asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
-                 : "=r"(to[0]), "=r"(to[1]), "=r"(to[2]), "=r"(to[3])
-                 : "r"(address));
-}
 
 // sum (16 x 8) += a (16 x 16) b (16 x 8)
 __device__ __forceinline__ void multiply(float (&sum)[4], const uint32 (&a)[4], uint32 b0, uint32 b1) {

@@ -37,6 +37,7 @@
 // "Matrix fragments for mma.m16n8k8"; rescaling only when a maximum grew: Zadouri et al., "FlashAttention-4".
 // Defines: ELEMENT (FLOAT32), HEAD_DIM, VALUE_DIM, BLOCK_ROWS, BLOCK_KEYS, WARPS, SHARED_BYTES.
 #include "copy.cuh"
+#include "fragment.cuh"
 #include "simple.cuh"
 
 constexpr int THREADS = 32 * WARPS, ROW_TILES = BLOCK_ROWS / (16 * WARPS), ROWS = 2 * ROW_TILES;
@@ -93,12 +94,6 @@ __device__ __forceinline__ int row_of(int i) {
 __device__ __forceinline__ int column_of(int n, int e) { return n / 4 * 32 + threadIdx.x % 4 * 8 + e % 2 * 4 + n % 4; }
 
 __device__ __forceinline__ float4 word_at(const float* from) { return *reinterpret_cast<const float4*>(from); }
-
-__device__ __forceinline__ float exp2_of(float x) {
-    float y;
-    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
-    return y;
-}
 
 // x = high + low: high is x rounded to the 11 significant bits of TF32, low what remains, of which mma takes as many.
 struct Split {
