@@ -1,23 +1,45 @@
 // The end of a span for kernels that keep rows in fragments: a warp stages 16 rows in shared memory, then one lane ends
-// one row and all lanes take its columns. It is a function of its own, small and called once in thousands of tiles.
+// one row and all lanes take its columns. It is a function of its own, small and called once in many tiles.
 #pragma once
 #include "state.cuh"
 
 // Rows first .. first + 15 of the block's head, row r at staged + r * pitch; lanes r and r + 16 hold base and sum of row r.
-template <typename REAL>
+// The reads of 8 rows are under way at once: with one wait for each row and 32 columns the ends took a tenth to a quarter
+// of the time.
 __device__ __noinline__ void end_rows(
-    const Call& call, Place block, int64 first, const REAL* staged, int pitch, double base, REAL sum, SpanEnds ends) {
-    int lane = threadIdx.x % 32;
+    const Call& call, Place block, int64 first, const float* staged, int pitch, double base, float sum, SpanEnds ends) {
+    int lane = threadIdx.x % 32, exist = int(least(call.query_tokens - first, 16));
     __syncwarp();  // the rows are staged
-    int64 mine = first + lane % 16;
-    bool exists = mine < call.query_tokens;
-    RowEnd<REAL> row_end = end_of_span<REAL>(call, block, mine, base, sum, ends, exists, exists && lane < 16);
-    for (int r = 0; r < 16 && first + r < call.query_tokens; ++r) {
-        RowEnd<REAL> end = {
-            __shfl_sync(~0u, row_end.old, r), __shfl_sync(~0u, row_end.fresh, r), bool(__shfl_sync(~0u, row_end.has_old, r)),
-            bool(__shfl_sync(~0u, row_end.has_fresh, r)), bool(__shfl_sync(~0u, row_end.skip, r))};
-        for (int column = lane; column < call.value_dim; column += 32)
-            end_element<REAL>(call, block, first + r, column, end, ends.last, staged[r * pitch + column]);
+    bool exists = lane % 16 < exist;
+    RowEnd<float> mine = end_of_span<float>(call, block, first + lane % 16, base, sum, ends, exists, exists && lane < 16);
+    uint32 read = __ballot_sync(~0u, exists && mine.has_old && !mine.skip), write = __ballot_sync(~0u, exists && !mine.skip);
+    bool finish = ends.last && call.out;
+    int64 step = call.acc_strides.token, out_step = call.out_strides.token;
+    for (int begin = 0; begin < call.value_dim; begin += 32) {
+        int column = begin + lane;
+        bool wanted = column < call.value_dim;
+        float* acc = static_cast<float*>(call.acc) + element_of(call.acc_strides, block, first) + column;
+        int64 out = element_of(call.out_strides, block, first) + column;
+#pragma unroll 1
+        for (int from = 0; from < 16; from += 8) {
+            float before[8];
+#pragma unroll
+            for (int i = 0; i < 8; ++i) before[i] = wanted && read >> (from + i) & 1 ? acc[(from + i) * step] : 0.0f;
+#pragma unroll
+            for (int i = 0; i < 8; ++i) {
+                int r = from + i;
+                float factor = __shfl_sync(~0u, mine.fresh, r), old = __shfl_sync(~0u, mine.old, r);
+                bool has_fresh = __shfl_sync(~0u, mine.has_fresh, r);
+                if (!wanted || !(write >> r & 1)) continue;
+                float value = has_fresh ? staged[r * pitch + column] * factor : 0.0f;
+                if (read >> r & 1) value += before[i] * old;
+                if (finish) {
+                    store_element(call.out, call.out_kind, out + r * out_step, value);
+                } else {
+                    acc[r * step] = value;
+                }
+            }
+        }
     }
     __syncwarp();  // the place may be taken again
 }

@@ -212,7 +212,7 @@ __device__ __forceinline__ void end_span(
         float highest = upper ? bases[1] : bases[0];
         double base = highest == LOWEST ? negative_infinity(0.0) : double(highest) * LN2;
         int64 first = block.row + (warp * ROW_TILES + t) * 16;
-        end_rows<float>(call, block, first, staged, STAGE_PITCH, base, upper ? sums[1] : sums[0], ends);
+        end_rows(call, block, first, staged, STAGE_PITCH, base, upper ? sums[1] : sums[0], ends);
     }
     rows.clear();
 }

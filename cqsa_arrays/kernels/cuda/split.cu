@@ -243,7 +243,7 @@ __device__ __forceinline__ void end_span(
             bool upper = lane / 8 % 2;
             double base = (double(base_of(upper ? bests[1] : bests[0], c)) + WEIGHT_SHIFT) * LN2;
             int64 first = block.row + (warp * ROW_TILES + t) * 16;
-            end_rows_together(call, block, first, staged, base, (upper ? sums[1] : sums[0]) * UNIT, ends);
+            end_rows(call, block, first, staged, STAGE_PITCH, base, (upper ? sums[1] : sums[0]) * UNIT, ends);
         }
     }
     rows.clear();
