@@ -8,6 +8,7 @@ from .device import DeviceSource
 from .hdf5 import DiskArray, OpenedFile, dataset, dataset_in, open_file, split_reference
 from .info import FileInfo, describe
 from .layout import LAYOUTS, Layout, Shape4, parse_layout
+from .memory import HostSource
 from .output import ArraySink, OutputFile, Sink, output_staging_bytes
 from .reserve import reserve
 from .source import TokenSource
@@ -19,6 +20,7 @@ __all__ = [
     "DeviceSource",
     "DiskArray",
     "FileInfo",
+    "HostSource",
     "InputSpec",
     "Layout",
     "OpenedFile",

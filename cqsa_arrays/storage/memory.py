@@ -29,14 +29,16 @@ class HostSource:
         self._array = layout.logical(array)
         self._label = label
         self.token_major = layout.tokens_outside_heads and self._array.shape[1] > 1
-        self.in_place = (
-            array.dtype in (np.float32, np.float64)
-            and self._array.flags.aligned
-            and (self._array.shape[3] == 1 or self._array.strides[3] == array.itemsize)
-        )
+        self.vectors_together = self._array.shape[3] == 1 or self._array.strides[3] == array.itemsize
+        self.in_place = array.dtype in (np.float32, np.float64) and self._array.flags.aligned and self.vectors_together
         self.description = f"{label}, in memory, {'used in place' if self.in_place else 'copied block by block'}"
         self.identity: dict[str, object] = {"shape": list(array.shape), "dtype": array.dtype.name}
         self.bytes_read = 0
+
+    @property
+    def array(self) -> np.ndarray:
+        """All of it, (batch, heads, tokens, head_dim), where it lies."""
+        return self._array
 
     @property
     def shape(self) -> Shape4:

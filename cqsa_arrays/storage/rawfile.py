@@ -15,6 +15,8 @@ from .dtypes import PIECE_BYTES
 ADVICE_BYTES = 128 << 10
 """Linux heeds no more than one read-ahead window (128 KiB by default) of one advice: longer runs go in steps."""
 
+WRITE_BACK_BYTES = 256 << 10
+
 
 class RawFile:
     """An open file without any HDF5 in the way: thread safe, no shared file position where the system allows.
@@ -63,6 +65,7 @@ class RawFile:
                 done += self._write_some(source[done:], position + done)
             except OSError as error:
                 raise StorageError(f"{self.label}: writing at byte {position + done}: {error.strerror}") from error
+        self._begin_writing_back(position, done)
 
     def read_ahead(self, spans: Iterable[tuple[int, int]]) -> None:
         """Ask the system to bring the bytes ``start <= p < stop`` of each span into its page cache; maps nothing."""
@@ -73,6 +76,15 @@ class RawFile:
                 for position in range(start, stop, ADVICE_BYTES):
                     size = min(ADVICE_BYTES, stop - position)
                     os.posix_fadvise(self._fd, position, size, os.POSIX_FADV_WILLNEED)
+
+    def _begin_writing_back(self, position: int, size_bytes: int) -> None:
+        """Have large writes put on the disk from now on: else all of a result waits in memory until ``sync``.
+
+        Linux does so when it is told that the pages are not needed; those that are still dirty stay.
+        """
+        if size_bytes >= WRITE_BACK_BYTES and hasattr(os, "posix_fadvise"):
+            with suppress(OSError):  # advice that a file system may refuse
+                os.posix_fadvise(self._fd, position, size_bytes, os.POSIX_FADV_DONTNEED)
 
     def sync(self) -> None:
         """Return once everything written is on the disk."""

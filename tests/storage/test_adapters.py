@@ -1,5 +1,6 @@
 """What may be passed as an array, and what is refused with a remedy."""
 
+import importlib.util
 import subprocess
 import sys
 
@@ -68,6 +69,7 @@ def test_disk_arrays_take_a_layout(tmp_path):
     source.close()
 
 
+WITHOUT_CUPY = pytest.mark.skipif(importlib.util.find_spec("cupy") is not None, reason="CuPy would take it over")
 REFUSED = [
     pytest.param([[1.0, 2.0]], "found builtins.list.*np.asarray", id="list"),
     pytest.param(1.5, "builtins.float", id="float"),
@@ -84,7 +86,7 @@ REFUSED = [
     pytest.param(np.zeros((5, 8), [("x", "f4")]), "dtype ", id="records"),
     pytest.param(np.zeros((5, 8), ">f4"), r"other byte order.*newbyteorder", id="big-endian"),
     pytest.param(np.ma.masked_array(np.zeros((5, 8), "f4")), "masked array", id="masked"),
-    pytest.param(_Cuda(None), r"on a GPU.*\.get\(\)", id="cuda-interface"),
+    pytest.param(_Cuda(None), r"on a GPU.*\.get\(\)", id="cuda-interface", marks=WITHOUT_CUPY),
     pytest.param(_DLPack(np.zeros((5, 8), "f4"), device=2), r"on a GPU.*\.get\(\)", id="cuda-dlpack"),
     pytest.param(_DLPack(np.zeros((5, 8), BFLOAT16)), "NumPy cannot take over", id="dlpack-of-an-unknown-type"),
 ]
