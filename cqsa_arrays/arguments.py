@@ -16,8 +16,8 @@ from .engine import Inputs
 from .errors import ArgumentError
 from .masks import Causal, Full, Mask
 from .options import Options
-from .planner import Budget, Machine, Operand, Problem, Rates, Result
-from .storage import LAYOUTS, DeviceSource, Layout, TokenSource, as_source, dataset
+from .planner import COVERS, Budget, Machine, Operand, Problem, Rates, Result
+from .storage import LAYOUTS, DeviceSource, HostSource, Layout, TokenSource, as_source, dataset
 from .units import format_bytes, parse_bytes
 
 FLOATS = ("float16", "bfloat16", "float32", "float64")
@@ -130,6 +130,9 @@ def check_options(options: object) -> None:
     """Must be an Options object."""
     if not isinstance(options, Options):
         raise ArgumentError("options", type(options).__name__, "cqsa.Options(...)", "Leave it out for the defaults.")
+    if options.cover not in COVERS:
+        remedy = "'auto' lets the planner choose."
+        raise ArgumentError("cover", _shown(options.cover), f"one of {', '.join(COVERS)}", remedy)
 
 
 def machine(options: Options, gpu: Gpu | None) -> Machine:
@@ -173,19 +176,18 @@ def total_memory_bytes() -> int:
 def resolve_budget(memory: int | str | None, options: Options, out: Any, gpu: Gpu | None) -> Budget:
     """Bytes that may be held, and where states go that do not fit.
 
-    Where the CPU computes, the smaller of ``memory`` and ``host_memory`` counts; a GPU has ``memory`` for itself.
+    Where the CPU computes, the smaller of ``memory`` and ``host_memory`` counts; a GPU has ``memory`` for itself, and
+    its host half of what it has unless ``host_memory`` says otherwise.
     """
     limits = {"memory": memory, "host_memory": options.host_memory}
     given = {name: parse_bytes(value, name) for name, value in limits.items() if value is not None}
     scratch = _scratch(options, out)
-    host_bytes = given.pop("host_memory", None) if gpu else None
+    host_bytes = given.pop("host_memory", int(total_memory_bytes() * DEFAULT_SHARE)) if gpu else None
     if given:
         name = min(given, key=lambda name: given[name])
         return Budget(given[name], f"{name}={limits[name]!r}", scratch, host_bytes)
     total = gpu.total_bytes if gpu else total_memory_bytes()
     whose = f"{gpu.name}'s" if gpu else "this machine's"
-    if gpu and host_bytes is None:
-        host_bytes = int(total_memory_bytes() * DEFAULT_SHARE)
     return Budget(int(total * DEFAULT_SHARE), f"half of {whose} {format_bytes(total)}", scratch, host_bytes)
 
 
@@ -217,7 +219,7 @@ def _operand(source: TokenSource, compute: str, gpu: Gpu | None) -> Operand:
     read_as = source.dtype if gpu else np.dtype(compute)
     return Operand(
         source.shape, source.dtype.name, source.dtype.itemsize, in_place, source.token_major,
-        source.staging_bytes(read_as), source.held_bytes, source.description,
+        source.staging_bytes(read_as), source.held_bytes, source.description, not isinstance(source, HostSource),
     )  # fmt: skip
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import re
 from dataclasses import dataclass
+from functools import lru_cache
 
 from .errors import ArgumentError, DeviceError
 
@@ -101,6 +102,7 @@ def _why_none() -> str:
     return "there is none"
 
 
+@lru_cache
 def _describe(index: int) -> Gpu:
     import cupy
 

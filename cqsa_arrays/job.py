@@ -17,6 +17,7 @@ from .block_statistics import BlockStatistics
 from .devices import Gpu
 from .engine import Inputs, OutputResults, Progress, ProgressBar, RunReport, Silent, StatisticsResults, run
 from .errors import ArgumentError, BudgetError, DeviceMemoryError
+from .kernels.cuda.variants import variant_for
 from .masks import Mask
 from .options import Options
 from .planner import Budget, Plan, Problem, Result, choose, mask_to_dict, output_piece_rows
@@ -74,14 +75,19 @@ def prepared(request: Request, *, as_statistics: bool = False) -> Iterator[Job]:
         arguments.check_inputs(inputs)
         gpu = arguments.computing_device(request.device, sources, request.out)
         result = _statistics_result(inputs) if as_statistics else _result(inputs, request)
-        result = replace(
-            result, on_device=gpu is not None and _stays(request), holds_states=gpu is None and result.holds_states
-        )
+        result = _placed(result, gpu, _stays(request))
         mask = arguments.resolve_mask(request.causal, request.mask)
         scale = arguments.resolve_scale(request.scale, inputs.q.shape[3])
         problem = arguments.build_problem(inputs, result, mask, scale, gpu)
         budget = arguments.resolve_budget(request.memory, request.options, request.out, gpu)
         yield Job(request, inputs, gpu, _plan(problem, budget, request.options, gpu))
+
+
+def _placed(result: Result, gpu: Gpu | None, stays: bool) -> Result:
+    """``result`` on the computing device, if it stays there; states are accumulated in it only where it is."""
+    if gpu is None:
+        return result
+    return replace(result, on_device=stays, holds_states=result.holds_states and stays)
 
 
 def _stays(request: Request) -> bool:
@@ -93,13 +99,19 @@ def _stays(request: Request) -> bool:
 def _plan(problem: Problem, budget: Budget, options: Options, gpu: Gpu | None) -> Plan:
     machine, chunks = arguments.machine(options, gpu), arguments.resolve_chunks(options)
     try:
-        return choose(problem, budget, machine, cover=options.cover, chunks=chunks, device=gpu.name if gpu else "cpu")
+        plan = choose(problem, budget, machine, cover=options.cover, chunks=chunks, device=gpu.name if gpu else "cpu")
+        return plan if gpu is None else replace(plan, kernel=_kernel(problem, gpu))
     except BudgetError as error:
         # Statistics have no other place; an output has.
         if problem.result.place != "new array" or problem.result.row_scalars:
             raise
         size = format_bytes(problem.output_bytes)
         raise BudgetError(f"{error} Or pass out='out.h5': then the result, {size}, is not in memory.") from None
+
+
+def _kernel(problem: Problem, gpu: Gpu) -> str:
+    """What computes on ``gpu``, for people."""
+    return str(variant_for(problem.q.dtype, problem.head_dim, problem.value_dim, gpu.capability, problem.scale))
 
 
 def _statistics_result(inputs: Inputs) -> Result:
@@ -117,11 +129,8 @@ def _result(inputs: Inputs, request: Request) -> Result:
         arguments.check_out_array(out, layout.physical_shape(shape), layout, inputs)
         if request.dtype is not None and arguments.resolve_dtype(request.dtype, out.dtype) != out.dtype:
             raise ArgumentError("dtype", repr(request.dtype), f"{out.dtype}, as out has", "Leave dtype out.")
-        home = (
-            out.dtype.name == arguments.compute_dtype(inputs.q.dtype)
-            and isinstance(out, np.ndarray)
-            and out.flags.aligned
-        )
+        aligned = out.flags.aligned if isinstance(out, np.ndarray) else True
+        home = out.dtype.name == arguments.compute_dtype(inputs.q.dtype) and aligned
         return Result(out.dtype.name, out.dtype.itemsize, "array", 0, 0, "the array given as out=", home)
     dtype = arguments.resolve_dtype(request.dtype, inputs.q.dtype)
     if out is None:

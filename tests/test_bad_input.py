@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import importlib.util
 import json
 import os
 import re
@@ -105,7 +106,11 @@ CASES = [
     Case("a list", {"q": [[1.0, 2.0]]}, "q: found builtins.list; expected a NumPy or CuPy array.*np.asarray"),
     Case("None", {"v": None}, "v: found builtins.NoneType; expected a NumPy or CuPy array"),
     Case("a masked array", {"k": np.ma.masked_array(X)}, "k: found a masked array.*Pass k.data"),
-    Case("on a GPU", {"q": OnDevice()}, "q: found .*OnDevice on a GPU; expected .* copy it with q.get()"),
+    *(
+        []  # CuPy would take it over
+        if importlib.util.find_spec("cupy")
+        else [Case("on a GPU", {"q": OnDevice()}, "q: found .*OnDevice on a GPU; expected .* copy it with q.get()")]
+    ),
     Case("on a GPU, DLPack", {"v": OnDeviceByDlpack()}, "v: found .* on a GPU; expected .* v.cpu()"),
     Case("scale NaN", {"scale": np.nan}, "scale: found nan; expected a finite number. Leave it out"),
     Case("scale inf", {"scale": np.inf}, "scale: found inf; expected a finite number"),
@@ -129,6 +134,7 @@ CASES = [
     Case("device", {"device": "gpu"}, "device: found 'gpu'; expected 'auto', 'cpu', 'cuda' or 'cuda:<number>'"),
     Case("device 0", {"device": 0}, "device: found type int; expected 'auto', 'cpu', 'cuda' or"),
     Case("cover", option(cover="spiral"), "cover: found 'spiral'; expected one of auto, cqs, rectangular"),
+    Case("cover as a list", option(cover=["cqs"]), "cover: found type list; expected one of auto, cqs, rectangular"),
     Case("no chunks", option(chunks=0), "chunks: found 0; expected a whole number, at least 1. Leave it out"),
     Case("1.5 chunks", option(chunks=1.5), "chunks: found 1.5; expected a whole number"),
     Case("chunks as text", option(chunks="7"), "chunks: found '7'; expected a whole number"),

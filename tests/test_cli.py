@@ -100,7 +100,7 @@ def test_plan_shows_its_table_and_writes_nothing(command):
 def test_plan_json_is_the_plan(command):
     found = json.loads(command("plan in.h5 --memory 4MiB --chunks 3 --cover cqs --json").out)
     keys = {
-        "identity", "device", "problem", "budget", "memory_bytes", "flops", "reason", "chosen", "alternative",
+        "identity", "device", "kernel", "problem", "budget", "memory_bytes", "flops", "reason", "chosen", "alternative",
     }  # fmt: skip
     assert set(found) == keys
     assert found["budget"]["memory_bytes"] == 4 << 20

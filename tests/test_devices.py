@@ -6,12 +6,13 @@ import importlib.machinery
 import importlib.util
 import sys
 import types
+from functools import lru_cache
 
 import numpy as np
 import pytest
 
 import cqsa_arrays as cqsa
-from cqsa_arrays import devices
+from cqsa_arrays import arguments, devices
 from cqsa_arrays.devices import Gpu, gpus, resolve_device
 
 
@@ -31,6 +32,7 @@ def made_up(monkeypatch, *capabilities: tuple[int, int], error: Exception | None
         major, minor = capabilities[index]
         return {"name": b"made up", "totalGlobalMem": 80 << 30, "major": major, "minor": minor}
 
+    monkeypatch.setattr(devices, "_describe", lru_cache(devices._describe.__wrapped__))  # what it knows of real ones
     cupy = types.ModuleType("cupy")
     cupy.__spec__ = importlib.machinery.ModuleSpec("cupy", None)
     runtime = types.SimpleNamespace(
@@ -134,3 +136,14 @@ def test_the_oldest_that_kernels_take_is_the_oldest_that_is_chosen():
     from cqsa_arrays.kernels.cuda import variants
 
     assert devices.OLDEST == variants.OLDEST
+
+
+def test_the_host_of_a_gpu_has_half_of_its_memory_unless_it_is_said(monkeypatch):
+    """Also where ``memory`` is given: states that wait on the host must fit there."""
+    gpu = Gpu(0, "made up", 80 << 30, (9, 0))
+    monkeypatch.setattr(arguments, "total_memory_bytes", lambda: 100)
+    for memory, host_memory, expected in ((None, None, 50), ("1GiB", None, 50), ("1GiB", 7, 7), (None, 7, 7)):
+        budget = arguments.resolve_budget(memory, cqsa.Options(host_memory=host_memory), None, gpu)
+        assert budget.host_bytes == expected
+        assert budget.memory_bytes == (40 << 30 if memory is None else 1 << 30)
+    assert arguments.resolve_budget("1GiB", cqsa.Options(), None, None).host_bytes is None

@@ -6,19 +6,17 @@ On a GPU the loop is the same and runs ahead of the device: blocks, kernels and 
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from itertools import chain, pairwise
-from typing import Any
 
 from ..cover import Cover, Step
-from ..kernels.base import KeyBlock
 from ..planner import Group, Plan
 from ..ranges import Range
+from .ahead import ReadAhead, Work
 from .progress import Progress
-from .resident import Inputs, Resident, allocate
+from .resident import Inputs, allocate
 from .results import Results
 
 
@@ -32,15 +30,6 @@ class RunReport:
     state_moved_bytes: int
 
 
-@dataclass(frozen=True, slots=True)
-class Work:
-    """One step of one group of heads; ``ends_task`` is the task that it completes. A dead task has no step."""
-
-    group: Group
-    step: Step | None
-    ends_task: int | None
-
-
 def run(plan: Plan, inputs: Inputs, results: Results, progress: Progress) -> RunReport:
     """Compute every row of the plan's problem and hand it to ``results`` once its last key has been seen."""
     start, before = time.perf_counter(), _bytes_read(inputs)
@@ -48,17 +37,16 @@ def run(plan: Plan, inputs: Inputs, results: Results, progress: Progress) -> Run
     with ExitStack() as stack:
         in_place = plan.states_in_result and results.home is not None
         resident = allocate(plan, inputs, results, results.home if in_place else None, stack)
-        ahead = stack.enter_context(closing(ReadAhead(resident)))
+        works = schedule(plan.groups, cover)
+        ahead = stack.enter_context(closing(ReadAhead(works, resident.operands, resident.read_ahead_bytes)))
         current = None
-        for work, upcoming in pairwise(chain(schedule(plan.groups, cover), (None,))):
-            assert work is not None
+        for work, upcoming in ahead:
             if work.group is not current:
                 resident.begin(current := work.group)
             if work.step is not None:
-                blocks = resident.load(work.step)
-                ahead.request(upcoming)  # only now is it known which blocks this step has driven out
-                with resident.lane(work.step):
-                    _attend(plan, resident, work.step, *blocks, progress)
+                blocks = resident.operands.load(work.step)
+                ahead.request()  # only now is it known which blocks this step has driven out
+                resident.attend(work.step, *blocks, _tell(plan, work.step, progress))
                 if upcoming is not None and upcoming.step is not None:
                     resident.preload(upcoming.group, upcoming.step)
             if work.ends_task is not None:
@@ -80,40 +68,14 @@ def schedule(groups: tuple[Group, ...], cover: Cover) -> Iterator[Work]:
                 yield Work(group, None, task.index)
 
 
-def _attend(
-    plan: Plan, resident: Resident, step: Step, queries: Any, blocks: list[KeyBlock], progress: Progress
-) -> None:
-    """Merge the statistics of one query range against its key ranges into its state."""
+def _tell(plan: Plan, step: Step, progress: Progress) -> Callable[[Range], None]:
+    """Counts the pairs of ``step`` of which one head has finished some rows; called from any thread."""
     mask = plan.problem.mask
-    state = resident.states.load(step.queries)
 
     def done(rows: Range) -> None:
         progress.advance(sum(mask.pairs(rows, tokens) for tokens in step.keys))
 
-    resident.kernel.accumulate(
-        queries, step.queries.start, blocks, state, diagonal=mask.diagonal, scale=plan.problem.scale, done=done
-    )
-    resident.states.store(step.queries, state)
-
-
-class ReadAhead:
-    """Has the next step's blocks read into the page cache while this step computes; never waits for it."""
-
-    def __init__(self, resident: Resident) -> None:
-        self._resident = resident
-        self._pool = ThreadPoolExecutor(1, thread_name_prefix="cqsa-ahead")
-        self._pending: Future[None] | None = None
-
-    def request(self, work: Work | None) -> None:
-        """Read ahead for ``work``, unless the last request is still under way; an error of that one is raised."""
-        if self._pending is not None and self._pending.done():
-            self._pending.result()
-            self._pending = None
-        if self._pending is None and work is not None and work.step is not None:
-            self._pending = self._pool.submit(self._resident.prefetch, work.group, work.step)
-
-    def close(self) -> None:
-        self._pool.shutdown(cancel_futures=True)
+    return done
 
 
 def _bytes_read(inputs: Inputs) -> int:

@@ -12,6 +12,11 @@ from ..ranges import Range
 from ..storage import TokenSource
 
 
+def block_bytes(source: TokenSource, group: Group, tokens: Range) -> int:
+    """Bytes of a block of ``source``."""
+    return len(group.batch) * len(group.heads) * len(tokens) * source.shape[3] * source.dtype.itemsize
+
+
 class Pages:
     """The blocks of ``source`` that are in memory: at most ``slots`` of at most ``tokens`` tokens of ``heads`` heads.
 
@@ -54,6 +59,10 @@ class Pages:
         """Ask the system to read a block ahead into the page cache, unless it is resident; for another thread."""
         if not self._source.in_place and (group is not self._group or tokens not in self._resident):
             self._source.prefetch(group.batch, group.heads, tokens)
+
+    def size_bytes(self, group: Group, tokens: Range) -> int:
+        """Bytes of a block where it is read."""
+        return block_bytes(self._source, group, tokens)
 
     @property
     def _current(self) -> Group:

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, ExitStack, closing, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, closing
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Generic, Protocol, TypeVar
 
 import numpy as np
 
 from ..cover import Step
 from ..kernels.base import Kernel, KeyBlock
-from ..planner import Group, Plan
+from ..planner import Group, Plan, Problem
 from ..ranges import Range
 from ..storage import TokenSource
 from .pages import Pages
@@ -39,48 +40,117 @@ class Blocks(Protocol):
     def prefetch(self, group: Group, tokens: Range) -> None:
         """Ask the system to read a block ahead; for another thread."""
 
+    def size_bytes(self, group: Group, tokens: Range) -> int:
+        """Bytes of a block where it is read."""
+
+
+AnyBlocks = TypeVar("AnyBlocks", bound=Blocks)
+
 
 @dataclass(frozen=True, slots=True)
-class Resident:
-    """What ``executor.run`` works with on the CPU; ``cuda.resident`` has the same on a GPU."""
+class Operands(Generic[AnyBlocks]):
+    """The resident blocks of all three inputs."""
 
-    kernel: Kernel
-    queries: Blocks
-    keys: Blocks
-    values: Blocks
-    states: StateStore
-    results: Results
+    queries: AnyBlocks
+    keys: AnyBlocks
+    values: AnyBlocks
+
+    def __iter__(self) -> Iterator[AnyBlocks]:
+        return iter((self.queries, self.keys, self.values))
 
     def begin(self, group: Group) -> None:
-        """Turn to another group of heads."""
-        for part in (self.queries, self.keys, self.values, self.states):
-            part.begin(group)
+        """Serve the heads of ``group`` from now on."""
+        for blocks in self:
+            blocks.begin(group)
 
     def load(self, step: Step) -> tuple[Any, list[KeyBlock]]:
         """The blocks of ``step``, read unless they are resident."""
         queries = self.queries.load(step.queries)
         return queries, [KeyBlock(r.start, self.keys.load(r), self.values.load(r)) for r in step.keys]
 
-    def lane(self, step: Step) -> AbstractContextManager[None]:
-        """Where the kernel is called with the blocks of ``step``, which were loaded last."""
-        return nullcontext()
-
-    def take(self, group: Group, rows: Range, *, in_place: bool) -> None:
-        """Hand out ``rows``, which are finished."""
-        self.results.take(group, rows, self.states.load(rows), in_place=in_place)
-
     def prefetch(self, group: Group, step: Step) -> None:
-        """Ask for the input blocks of ``step`` to be read ahead; called from another thread."""
+        """Ask for the blocks of ``step`` to be read ahead; called from another thread."""
         self.queries.prefetch(group, step.queries)
         for tokens in step.keys:
             self.keys.prefetch(group, tokens)
             self.values.prefetch(group, tokens)
 
+    def size_bytes(self, group: Group, step: Step) -> int:
+        """Bytes of all blocks of ``step``."""
+        found = self.queries.size_bytes(group, step.queries)
+        return found + sum(b.size_bytes(group, tokens) for b in (self.keys, self.values) for tokens in step.keys)
+
+
+class Resident(Protocol):
+    """What ``executor.run`` works with: everything of a run that holds memory, on the CPU or a GPU."""
+
+    @property
+    def operands(self) -> Operands[Any]:
+        """The blocks that are here."""
+
+    @property
+    def read_ahead_bytes(self) -> int | None:
+        """How far blocks are read ahead beyond the next step; None where no input is read from a disk."""
+
+    @property
+    def states(self) -> MovedStates:
+        """The partial states."""
+
+    def begin(self, group: Group) -> None:
+        """Turn to another group of heads."""
+
+    def attend(self, step: Step, queries: Any, blocks: list[KeyBlock], done: Callable[[Range], None]) -> None:
+        """Merge the statistics of the query range against its key ranges, loaded last, into its state."""
+
     def preload(self, group: Group, step: Step) -> None:
         """Bring the blocks of the next step over while this one computes, where that is another memory."""
 
+    def take(self, group: Group, rows: Range, *, in_place: bool) -> None:
+        """Hand out ``rows``, which are finished."""
+
     def drain(self) -> None:
         """Wait for work that is under way."""
+
+
+class MovedStates(Protocol):
+    """Counts what it moves."""
+
+    @property
+    def moved_bytes(self) -> int:
+        """Bytes of states that went elsewhere and came back."""
+
+
+@dataclass(frozen=True, slots=True)
+class HostResident:
+    """``Resident`` on the CPU: work is done when a call returns."""
+
+    kernel: Kernel
+    operands: Operands[Pages]
+    states: StateStore
+    results: Results
+    problem: Problem
+    read_ahead_bytes: int = 0
+
+    def begin(self, group: Group) -> None:
+        self.operands.begin(group)
+        self.states.begin(group)
+
+    def attend(self, step: Step, queries: Any, blocks: list[KeyBlock], done: Callable[[Range], None]) -> None:
+        state = self.states.load(step.queries)
+        self.kernel.accumulate(
+            queries, step.queries.start, blocks, state,
+            diagonal=self.problem.mask.diagonal, scale=self.problem.scale, done=done,
+        )  # fmt: skip
+        self.states.store(step.queries, state)
+
+    def preload(self, group: Group, step: Step) -> None:
+        """Nothing to do: blocks are read where they are computed on."""
+
+    def take(self, group: Group, rows: Range, *, in_place: bool) -> None:
+        self.results.take(group, rows, self.states.load(rows), in_place=in_place)
+
+    def drain(self) -> None:
+        """Nothing to do."""
 
 
 def allocate(plan: Plan, inputs: Inputs, results: Results, home: np.ndarray | None, stack: ExitStack) -> Resident:
@@ -98,11 +168,9 @@ def allocate(plan: Plan, inputs: Inputs, results: Results, home: np.ndarray | No
     )
     stack.enter_context(closing(kernel))
     states = stack.enter_context(closing(open_states(plan, home)))
-    return Resident(
-        kernel,
+    operands = Operands(
         Pages(inputs.q, slots=1, tokens=size.query_chunk, heads=size.heads, dtype=dtype),
         Pages(inputs.k, slots=size.key_slots, tokens=size.key_chunk, heads=size.heads, dtype=dtype),
         Pages(inputs.v, slots=size.key_slots, tokens=size.key_chunk, heads=size.heads, dtype=dtype),
-        states,
-        results,
     )
+    return HostResident(kernel, operands, states, results, problem)

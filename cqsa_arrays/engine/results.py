@@ -25,9 +25,6 @@ class Results(Protocol):
     def take(self, group: Group, rows: Range, state: BlockStatistics, *, in_place: bool) -> None:
         """Keep what is wanted of ``state``, (batch, heads, rows); ``in_place``: its ``acc`` lies in ``home``."""
 
-    def drain(self) -> None:
-        """Wait for work that is under way."""
-
     def close(self) -> None:
         """Release threads."""
 
@@ -55,9 +52,6 @@ class OutputResults:
 
         self._workers.run(product(batches, pieces), write)
 
-    def drain(self) -> None:
-        """Nothing to do: rows are written when they are taken."""
-
     def close(self) -> None:
         self._workers.close()
 
@@ -73,9 +67,6 @@ class StatisticsResults:
         part = (group.batch.slice, group.heads.slice, rows.slice)
         self.statistics.acc[part], self.statistics.m[part], self.statistics.l[part] = state.acc, state.m, state.l
         self.statistics.acc[part][state.saw_no_key] = 0
-
-    def drain(self) -> None:
-        """Nothing to do."""
 
     def close(self) -> None:
         """Nothing to do: ``statistics`` is the result."""

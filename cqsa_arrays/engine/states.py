@@ -125,8 +125,10 @@ class TileStates:
 class FileStates:
     """States in an unnamed scratch file, two slots each: a new version goes beside the old, then becomes current."""
 
-    def __init__(self, queries: Cut, heads: int, value_dim: int, dtype: str, directory: str) -> None:
-        self._block = _Block(queries.longest, heads, value_dim, dtype, allocate)
+    def __init__(
+        self, queries: Cut, heads: int, value_dim: int, dtype: str, directory: str, take: Allocator = allocate
+    ) -> None:
+        self._block = _Block(queries.longest, heads, value_dim, dtype, take)
         self._queries = queries
         self._row_bytes = heads * (value_dim + 2) * np.dtype(dtype).itemsize
         # Per chunk: 0 before its first version, else 1 + the slot that is current.
@@ -158,16 +160,23 @@ class FileStates:
     def load(self, rows: Range) -> BlockStatistics:
         assert self._group is not None, "begin() comes first"
         state, flat = self._block.view(self._group, len(rows))
-        current = int(self._current[self._queries.index_of(rows)])
-        if current == 0:
+        if self._current[self._queries.index_of(rows)] == 0:
             _clear(state)
         else:
-            self._transfer(os.preadv, flat, self._position(rows, current - 1))
+            self.read(rows, flat)
         return state
 
     def store(self, rows: Range, state: BlockStatistics) -> None:
         assert self._group is not None, "begin() comes first"
-        _, flat = self._block.view(self._group, len(rows))
+        self.write(rows, self._block.view(self._group, len(rows))[1])
+
+    def read(self, rows: Range, flat: np.ndarray) -> None:
+        """Fill ``flat`` with the current version of ``rows``, of which there is one."""
+        current = int(self._current[self._queries.index_of(rows)])
+        self._transfer(os.preadv, flat, self._position(rows, current - 1))
+
+    def write(self, rows: Range, flat: np.ndarray) -> None:
+        """Make ``flat`` the current version of ``rows``."""
         index = self._queries.index_of(rows)
         slot = 0 if self._current[index] == 2 else 1
         self._transfer(os.pwritev, flat, self._position(rows, slot))

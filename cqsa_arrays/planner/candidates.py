@@ -12,12 +12,16 @@ from ..ranges import Cut
 from .cost import Rates, Traffic, Work, estimate_device_s, estimate_s, traffic
 from .memory import (
     DEVICE_TILE_TOKENS,
+    DISK,
+    HOST,
+    MEMORY,
     TILE_TOKENS,
     MemoryTerm,
     Residency,
     device_terms,
     host_terms,
     memory_terms,
+    needs_no_state,
     state_row_bytes,
     total_bytes,
 )
@@ -28,7 +32,9 @@ MOST_CHUNKS = 1 << 20
 # What finding the difference set and the owners of its pairs takes for each chunk.
 CHUNK_TABLE_BYTES = 32
 # A GPU waits for its first blocks, so that smaller ones can pay: this many sizes that fit are priced.
-DEVICE_CHOICES = 8
+DEVICE_CHOICES = 6
+# States on a GPU while others wait elsewhere: one comes, one is continued, one leaves.
+PASSING_STATES = 3
 # Longest key block of the rectangular cover.
 KEY_BLOCK_TOKENS = 1 << 20
 
@@ -56,7 +62,8 @@ class Candidate:
     """One way to run a problem, with its price.
 
     ``query_parts`` and ``key_parts`` cut the tokens; ``batches`` x ``heads`` go through the cover together, the groups
-    one after the other; ``states_on_disk`` is where partial states wait between tasks.
+    one after the other; ``states`` is where partial states wait between tasks: "memory" (of the computing device),
+    "host" (of a GPU) or "disk".
     ``terms`` count against the budget of the computing device, ``host_terms`` against that of a GPU's host.
     """
 
@@ -65,7 +72,7 @@ class Candidate:
     key_parts: int
     batches: int
     heads: int
-    states_on_disk: bool
+    states: str
     residency: Residency
     terms: tuple[MemoryTerm, ...]
     traffic: Traffic
@@ -77,6 +84,15 @@ class Candidate:
     @property
     def memory_bytes(self) -> int:
         return total_bytes(self.terms)
+
+    @property
+    def host_bytes(self) -> int:
+        """What a run on a GPU takes of its host."""
+        return total_bytes(self.host_terms)
+
+    @property
+    def states_on_disk(self) -> bool:
+        return self.states == DISK
 
     def build_cover(self, problem: Problem) -> Cover:
         """The cover of one group of heads."""
@@ -102,48 +118,74 @@ def _key_passes(problem: Problem, query_parts: int, key_parts: int) -> float:
     return query_parts * live + queries / (2 * keys) + query_parts / key_parts
 
 
-def cqs_candidate(problem: Problem, machine: Machine, group: tuple[int, int], on_disk: bool, chunks: int) -> Candidate:
-    """CQS Divide with ``chunks`` chunks: the key chunks of a quorum stay, query chunks and their states pass."""
-    heads, size = group[0] * group[1], set_size(chunks)
+def cqs_residency(problem: Problem, machine: Machine, heads: int, states: str, chunks: int) -> Residency:
+    """What is resident with ``chunks`` chunks: the key chunks of a quorum; query chunks and their states pass."""
+    size = set_size(chunks)
     queries, keys = (Cut(n, chunks, machine.tile_tokens) for n in (problem.query_tokens, problem.key_tokens))
-    state_rows = queries.longest if on_disk else problem.query_tokens
-    row_bytes = state_row_bytes(problem, in_result=problem.result.holds_states and not on_disk)
-    key_slots, query_slots = size, 1
-    if machine.gpu and (chunks > 1 or heads < problem.batch * problem.heads):
-        # It copies what comes next while it computes: of the next task, two of which have one chunk in common.
-        key_slots, query_slots = max(2, 2 * size - 1), 2
-    residency = Residency(
-        heads, queries.longest, keys.longest, key_slots, state_rows, row_bytes, chunks * CHUNK_TABLE_BYTES,
-        machine.threads, query_slots,
+    in_memory, on_disk = states == MEMORY, states == DISK and not machine.gpu
+    row_bytes = state_row_bytes(problem, in_result=problem.result.holds_states and in_memory)
+    several = heads < problem.batch * problem.heads
+    key_slots, query_slots, state_slots = size, 1, chunks
+    if machine.gpu:
+        if chunks > 1 or several:
+            # It copies what comes next while it computes: of the next task, two of which have one chunk in common.
+            key_slots, query_slots = max(2, 2 * size - 1), 2
+            key_slots = key_slots if several else min(key_slots, chunks)
+        # Rows of one group of heads leave while the next is begun.
+        state_slots = chunks + several if in_memory else min(PASSING_STATES, chunks)
+        if chunks <= 2 and problem.batch * problem.heads > 2 * heads:
+            # Groups of one launch or two are short: two are computed at a time, and the next is on its way.
+            key_slots = query_slots = state_slots = chunks + 2
+        row_bytes = 0 if needs_no_state(problem, chunks) else row_bytes
+    return Residency(
+        heads, queries.longest, keys.longest, key_slots, queries.longest if on_disk else problem.query_tokens,
+        row_bytes, chunks * CHUNK_TABLE_BYTES, machine.threads, query_slots, state_slots,
     )  # fmt: skip
-    groups = problem.batch * problem.heads / heads
+
+
+def cqs_candidate(problem: Problem, machine: Machine, group: tuple[int, int], states: str, chunks: int) -> Candidate:
+    """CQS Divide with ``chunks`` chunks."""
+    heads, size = group[0] * group[1], set_size(chunks)
+    residency = cqs_residency(problem, machine, heads, states, chunks)
     loads = 1.0 if chunks == 1 else float(size)
-    moves = loads if on_disk else 0.0
-    work = Work(loads, loads, moves, int(groups * chunks * size), queries.longest)
-    return _priced("cqs", problem, machine, group, (chunks, chunks), on_disk, residency, work)
+    moves = 0.0 if states == MEMORY else loads
+    groups = problem.batch * problem.heads / heads
+    work = Work(loads, loads, moves, int(groups * chunks * size), residency.query_chunk)
+    return _priced("cqs", problem, machine, group, (chunks, chunks), states, residency, work)
+
+
+def rectangular_residency(
+    problem: Problem, machine: Machine, group: tuple[int, int], key_block: int, query_parts: int
+) -> Residency:
+    """What is resident: a query tile with its states, and a block of keys; more of them on a GPU."""
+    heads = group[0] * group[1]
+    key_parts = -(-problem.key_tokens // key_block)
+    queries = Cut(problem.query_tokens, query_parts, machine.tile_tokens)
+    keys = Cut(problem.key_tokens, key_parts, machine.tile_tokens)
+    row_bytes = state_row_bytes(problem)
+    groups = problem.batch * problem.heads / heads
+    key_slots = query_slots = 1
+    if machine.gpu:
+        # It copies the next blocks while it computes, and rows leave while the next are begun.
+        key_slots, query_slots = min(3, int(key_parts * groups)), min(2, int(query_parts * groups))
+        row_bytes = 0 if needs_no_state(problem, key_parts) else row_bytes
+    return Residency(
+        heads, queries.longest, keys.longest, key_slots, queries.longest, row_bytes, 0, machine.threads, query_slots,
+        query_slots,
+    )  # fmt: skip
 
 
 def rectangular_candidate(
     problem: Problem, machine: Machine, group: tuple[int, int], key_block: int, query_parts: int
 ) -> Candidate:
     """``query_parts`` query tiles stay, one after the other, with their states; blocks of ``key_block`` keys pass."""
-    heads = group[0] * group[1]
     parts = (query_parts, -(-problem.key_tokens // key_block))
-    queries, keys = (
-        Cut(n, part, machine.tile_tokens)
-        for n, part in zip((problem.query_tokens, problem.key_tokens), parts, strict=True)
-    )
-    row_bytes = state_row_bytes(problem)
-    groups = problem.batch * problem.heads / heads
-    # A GPU copies the next blocks while it computes.
-    key_slots = min(3, int(parts[1] * groups)) if machine.gpu else 1
-    query_slots = min(2, int(query_parts * groups)) if machine.gpu else 1
-    residency = Residency(
-        heads, queries.longest, keys.longest, key_slots, queries.longest, row_bytes, 0, machine.threads, query_slots
-    )
+    residency = rectangular_residency(problem, machine, group, key_block, query_parts)
+    groups = problem.batch * problem.heads / residency.heads
     passes = min(query_parts, _key_passes(problem, *parts)) if parts[1] > 1 else 1.0
-    work = Work(1.0, passes, 0.0, int(groups * parts[0] * parts[1]), queries.longest)
-    return _priced("rectangular", problem, machine, group, parts, False, residency, work)
+    blocks = max(1.0, parts[1] * passes / query_parts)  # those that a tile sees of them, on average
+    work = Work(1.0, passes, 0.0, int(groups * query_parts * blocks), residency.query_chunk, same_rows=parts[1] > 1)
+    return _priced("rectangular", problem, machine, group, parts, MEMORY, residency, work)
 
 
 def _priced(
@@ -152,52 +194,84 @@ def _priced(
     machine: Machine,
     group: tuple[int, int],
     parts: tuple[int, int],
-    on_disk: bool,
+    states: str,
     residency: Residency,
     work: Work,
 ) -> Candidate:
-    scratch = 2 * residency.heads * problem.query_tokens * state_row_bytes(problem) if on_disk else 0
+    scratch = 2 * residency.heads * problem.query_tokens * state_row_bytes(problem) if states == DISK else 0
     moved = traffic(problem, work)
     if machine.gpu:
         return Candidate(
-            cover, *parts, *group, on_disk, residency, device_terms(problem, residency), moved, scratch,
-            estimate_device_s(problem, residency, work, moved, machine.rates, machine.cache_bytes),
-            machine.tile_tokens, host_terms(problem, residency),
+            cover, *parts, *group, states, residency, device_terms(problem, residency), moved, scratch,
+            estimate_device_s(problem, residency, work, moved, machine, states),
+            machine.tile_tokens, host_terms(problem, residency, states),
         )  # fmt: skip
     return Candidate(
-        cover, *parts, *group, on_disk, residency, memory_terms(problem, residency), moved, scratch,
+        cover, *parts, *group, states, residency, memory_terms(problem, residency), moved, scratch,
         estimate_s(problem, residency, work, moved, machine.rates, machine.cache_bytes),
     )  # fmt: skip
 
 
 def chunk_counts(problem: Problem, machine: Machine) -> list[int]:
-    """The numbers of chunks with a perfect difference set, no more than there are tiles."""
+    """The numbers of chunks with a perfect difference set, no more than there are tiles.
+
+    For a GPU 2 as well: it begins with half of what one chunk asks for, at hardly more launches.
+    """
     tiles = max(1, min(machine.tiles(problem.query_tokens), machine.tiles(problem.key_tokens)))
-    return perfect_sizes(min(tiles, MOST_CHUNKS))
+    perfect = perfect_sizes(min(tiles, MOST_CHUNKS))
+    return sorted({*perfect, 2}) if machine.gpu and tiles >= 2 else perfect
 
 
 def cqs_candidates(problem: Problem, machine: Machine, budget_bytes: int, chunks: int | None) -> Iterator[Candidate]:
-    """For each group and place of states the smallest number of chunks that fits, which moves least."""
+    """For each group and place of states the smallest number of chunks that fits, which moves least; more for a GPU.
+
+    States of a GPU wait elsewhere only where it has no room for them.
+    """
     counts = chunk_counts(problem, machine) if chunks is None else [chunks]
-    # States of a GPU's run stay on the device.
-    for group, on_disk in product(head_groups(problem), (False,) if machine.gpu else (False, True)):
+    if not machine.gpu:
+        yield from _fitting_cqs(problem, machine, budget_bytes, counts, (MEMORY, DISK))
+        return
+    on_device = list(_fitting_cqs(problem, machine, budget_bytes, counts, (MEMORY,)))
+    yield from on_device or _fitting_cqs(problem, machine, budget_bytes, counts, (HOST, DISK))
+
+
+def _fitting_cqs(
+    problem: Problem, machine: Machine, budget_bytes: int, counts: Sequence[int], places: Sequence[str]
+) -> Iterator[Candidate]:
+    terms = device_terms if machine.gpu else memory_terms
+    for group, states in product(head_groups(problem), places):
+
+        def fits(count: int, heads: int = group[0] * group[1], states: str = states) -> bool:
+            return total_bytes(terms(problem, cqs_residency(problem, machine, heads, states, count))) <= budget_bytes
+
         # Not by bisection: where chunks are a few tiles long, more of them can need more memory.
-        candidates = (cqs_candidate(problem, machine, group, on_disk, count) for count in counts)
-        yield from islice(
-            (c for c in candidates if c.memory_bytes <= budget_bytes), DEVICE_CHOICES if machine.gpu else 1
-        )
+        most = DEVICE_CHOICES if machine.gpu and states == MEMORY else 1
+        for count in islice(filter(fits, counts), most):
+            yield cqs_candidate(problem, machine, group, states, count)
 
 
 def rectangular_candidates(problem: Problem, machine: Machine, budget_bytes: int) -> Iterator[Candidate]:
-    """For each group the largest query tile that fits beside the longest key block that does."""
+    """For each group the largest query tile that fits beside the longest key block that does.
+
+    For a GPU also a tile as long as the block: it is there sooner.
+    """
     parts = range(1, machine.tiles(problem.query_tokens) + 1)
+    terms = device_terms if machine.gpu else memory_terms
     for group in head_groups(problem):
-        builds = (
-            partial(rectangular_candidate, problem, machine, group, block * machine.tile_tokens)
-            for block in _key_blocks(problem, machine, budget_bytes)
-        )
-        found = (_first_fitting(parts, build, budget_bytes) for build in builds)
-        yield from islice((c for c in found if c is not None), DEVICE_CHOICES if machine.gpu else 1)
+        found = []
+        for block in _key_blocks(problem, machine, budget_bytes):
+            build = partial(rectangular_candidate, problem, machine, group, block * machine.tile_tokens)
+            resident = partial(rectangular_residency, problem, machine, group, block * machine.tile_tokens)
+
+            def fits(count: int, resident: Callable[[int], Residency] = resident) -> bool:
+                return total_bytes(terms(problem, resident(count))) <= budget_bytes
+
+            fewest = _first_fitting(parts, fits)
+            if fewest is not None:
+                square = min(parts[-1], -(-machine.tiles(problem.query_tokens) // block))
+                found.append(build(fewest))
+                found += [build(square)] if machine.gpu and square > fewest else []
+        yield from islice(found, 2 * DEVICE_CHOICES if machine.gpu else 1)
 
 
 def _key_blocks(problem: Problem, machine: Machine, budget_bytes: int) -> list[int]:
@@ -211,19 +285,20 @@ def _key_blocks(problem: Problem, machine: Machine, budget_bytes: int) -> list[i
     itemsize = problem.k.itemsize if machine.gpu else problem.compute_itemsize
     tile_bytes = machine.tile_tokens * (problem.head_dim + problem.value_dim) * itemsize
     longest = min(tiles, KEY_BLOCK_TOKENS // machine.tile_tokens, max(1, budget_bytes // 8 // tile_bytes))
-    return list(dict.fromkeys(max(1, longest >> shift) for shift in (0, 1, 2, 4, 8, 16)))
+    lengths = [max(1, longest >> shift) for shift in (0, 1, 2, 3, 4, 6, 8, 16)]
+    # A GPU has fewer slots for one block or two, and for one perhaps no states: where these are short, they need least.
+    few = [tiles, -(-tiles // 2)] if machine.gpu and tiles * machine.tile_tokens <= KEY_BLOCK_TOKENS else []
+    return list(dict.fromkeys(few + lengths))
 
 
-def _first_fitting(parts: Sequence[int], build: Callable[[int], Candidate], budget_bytes: int) -> Candidate | None:
-    """The candidate of the first number of parts that fits; more parts need no more memory. None if none fits."""
-    fewest = build(parts[0])
-    if fewest.memory_bytes <= budget_bytes:
-        return fewest
-    if build(parts[-1]).memory_bytes > budget_bytes:
+def _first_fitting(parts: Sequence[int], fits: Callable[[int], bool]) -> int | None:
+    """The first number of parts that fits; more parts need no more memory. None if none fits."""
+    if fits(parts[0]):
+        return parts[0]
+    if not fits(parts[-1]):
         return None
     low, high = 0, len(parts) - 1
     while low < high:
         middle = (low + high) // 2
-        fits = build(parts[middle]).memory_bytes <= budget_bytes
-        low, high = (low, middle) if fits else (middle + 1, high)
-    return build(parts[low])
+        low, high = (low, middle) if fits(parts[middle]) else (middle + 1, high)
+    return parts[low]

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
+from itertools import product
+
 from ..errors import ArgumentError, BudgetError
 from ..units import format_bytes
 from .candidates import (
@@ -15,7 +18,7 @@ from .candidates import (
     rectangular_candidate,
     rectangular_candidates,
 )
-from .memory import total_bytes
+from .memory import DISK, MEMORY
 from .plan import Budget, Plan
 from .problem import Problem
 
@@ -25,13 +28,13 @@ SLOWER = 1.05
 WRITES = 2.0
 
 
+@lru_cache(maxsize=64)  # a call after the other with arrays of one shape: 4 ms of arithmetic once
 def choose(problem: Problem, budget: Budget, machine: Machine, *, cover: str, chunks: int | None, device: str) -> Plan:
     """The plan for ``problem`` within ``budget``; pure arithmetic, no I/O.
 
-    Raises ArgumentError for an unknown ``cover`` or number of ``chunks``, BudgetError where nothing fits.
+    ``cover`` is one of ``COVERS``. Raises ArgumentError for a number of ``chunks`` that cannot be, BudgetError where
+    nothing fits.
     """
-    if cover not in COVERS:
-        raise ArgumentError("cover", repr(cover), f"one of {', '.join(COVERS)}", "'auto' lets the planner choose.")
     if chunks is not None and not 1 <= chunks <= MOST_CHUNKS:
         remedy = "Leave it out to let the planner choose."
         raise ArgumentError("chunks", chunks, f"a number from 1 to {MOST_CHUNKS}", remedy)
@@ -40,26 +43,33 @@ def choose(problem: Problem, budget: Budget, machine: Machine, *, cover: str, ch
     if chunks is not None:
         cover = "cqs"
     quorums = list(cqs_candidates(problem, machine, budget.memory_bytes, chunks))
+    others = list(rectangular_candidates(problem, machine, budget.memory_bytes))
+    fed, others_fed = ([c for c in each if _host_feeds(c, budget)] for each in (quorums, others))
     found = {
-        "cqs": _cheapest([c for c in quorums if not _writes_too_much(c)]) or _cheapest(quorums),
-        "rectangular": _cheapest(list(rectangular_candidates(problem, machine, budget.memory_bytes))),
+        "cqs": _cheapest([c for c in fed if not _writes_too_much(c)]) or _cheapest(fed),
+        "rectangular": _cheapest(others_fed),
     }
     chosen, reason = _select(found["cqs"], found["rectangular"], cover)
     if chosen is None:
-        raise _refusal(problem, budget, machine, cover, chunks)
-    _check_host(chosen, budget)
+        unfed = {"cqs": quorums, "rectangular": others}.get(cover, quorums + others)
+        raise _host_refusal(unfed, budget) if unfed else _refusal(problem, budget, machine, cover, chunks)
     alternative = found["rectangular" if chosen.cover == "cqs" else "cqs"]
     return Plan(problem, device, budget, chosen, alternative, reason)
 
 
-def _check_host(chosen: Candidate, budget: Budget) -> None:
-    """What feeds a GPU has fixed sizes: it fits the host's budget, or no plan does."""
-    if budget.host_bytes is not None and total_bytes(chosen.host_terms) > budget.host_bytes:
-        largest = max(chosen.host_terms, key=lambda term: term.size_bytes)
-        raise BudgetError(
-            f"host_memory: {total_bytes(chosen.host_terms)} bytes are needed to feed the device, the budget is"
-            f' {format_bytes(budget.host_bytes)}; largest term "{largest.name}" {format_bytes(largest.size_bytes)}.'
-        )
+def _host_feeds(candidate: Candidate, budget: Budget) -> bool:
+    return budget.host_bytes is None or candidate.host_bytes <= budget.host_bytes
+
+
+def _host_refusal(unfed: list[Candidate], budget: Budget) -> BudgetError:
+    """For plans that fit the GPU but not its host."""
+    assert budget.host_bytes is not None
+    least = min(unfed, key=lambda c: c.host_bytes)
+    largest = max(least.host_terms, key=lambda term: term.size_bytes)
+    return BudgetError(
+        f"host_memory: {least.host_bytes} bytes are needed to feed the device, the budget is"
+        f' {format_bytes(budget.host_bytes)}; largest term "{largest.name}" {format_bytes(largest.size_bytes)}.'
+    )
 
 
 def _writes_too_much(candidate: Candidate) -> bool:
@@ -99,14 +109,16 @@ def _refusal(problem: Problem, budget: Budget, machine: Machine, cover: str, chu
 
 
 def _smallest(problem: Problem, machine: Machine, cover: str, chunks: int | None) -> list[Candidate]:
-    group = head_groups(problem)[-1]
-    found = []
+    """Every plan that may be the smallest: blocks of one tile, or so long that fewer of them are held."""
+    found, groups = [], head_groups(problem)
     if cover != "rectangular":
         counts = chunk_counts(problem, machine) if chunks is None else [chunks]
-        places = (False,) if machine.gpu else (False, True)
-        found += [cqs_candidate(problem, machine, group, place, count) for place in places for count in counts]
+        places = (MEMORY, DISK)
+        found += [cqs_candidate(problem, machine, *each) for each in product(groups, places, counts)]
     if cover != "cqs":
+        key_tiles, query_tiles = machine.tiles(problem.key_tokens), machine.tiles(problem.query_tokens)
         in_place = problem.k.in_place and problem.v.in_place
-        block = problem.key_tokens if in_place else machine.tile_tokens
-        found.append(rectangular_candidate(problem, machine, group, block, machine.tiles(problem.query_tokens)))
+        blocks = {key_tiles} if in_place else {1, -(-key_tiles // 2), key_tiles} if machine.gpu else {1}
+        for group, block, parts in product(groups, blocks, {1, -(-query_tiles // 2), query_tiles}):
+            found.append(rectangular_candidate(problem, machine, group, block * machine.tile_tokens, parts))
     return found

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
+from typing import Protocol
 
-from .memory import Residency, state_row_bytes
+from .memory import DISK, HOST, Residency, state_row_bytes
 from .problem import Problem
 
 
@@ -20,12 +22,14 @@ class Rates:
     step_s: float = 1e-4
     # One GPU of the Hopper generation, by element type of the inputs, and its link to the host.
     device_flops: tuple[tuple[str, float], ...] = (
-        ("float16", 300e12), ("bfloat16", 300e12), ("float32", 40e12), ("float64", 35e12),
+        ("float16", 330e12), ("bfloat16", 330e12), ("float32", 75e12), ("float64", 35e12),
     )  # fmt: skip
     device_wave_rows: int = 132 * 256
+    # Each launch begins and ends every row that it takes: operands come, a state is read and written.
+    row_launch_s: float = 0.65e-9
     link_bytes: float = 50e9
-    copied_bytes: float = 20e9
-    launch_s: float = 2e-5
+    copied_bytes: float = 25e9
+    launch_s: float = 4e-4
 
     def flops(self, dtype: str, threads: int) -> float:
         per_thread = self.float32_flops_per_thread if dtype == "float32" else self.float64_flops_per_thread
@@ -44,13 +48,17 @@ class Traffic:
 
 @dataclass(frozen=True, slots=True)
 class Work:
-    """How a cover repeats itself: how often each token is loaded, and in how many kernel calls of how many rows."""
+    """How a cover repeats itself: how often each token is loaded, and in how many kernel calls of how many rows.
+
+    ``same_rows``: most calls continue the rows of the call before.
+    """
 
     query_loads: float
     key_loads: float
     state_moves: float
     steps: int
     rows_per_step: int
+    same_rows: bool = False
 
 
 def traffic(problem: Problem, work: Work) -> Traffic:
@@ -70,7 +78,7 @@ def estimate_s(
     problem: Problem, residency: Residency, work: Work, moved: Traffic, rates: Rates, cache_bytes: int
 ) -> float:
     """Seconds: arithmetic and disk side by side, then what cannot overlap: first loads, copies, calls."""
-    once = problem.q.file_bytes + problem.k.file_bytes + problem.v.file_bytes
+    once = problem.file_bytes
     # What fits the page cache is read from the disk once.
     disk_read = min(once, moved.input_read_bytes) if once <= cache_bytes else moved.input_read_bytes
     disk_s = disk_read / rates.disk_read_bytes + moved.output_written_bytes / rates.disk_write_bytes
@@ -86,21 +94,39 @@ def estimate_s(
     return max(compute_s, disk_s) + copies_s + first_s + work.steps * rates.step_s
 
 
+class Pricing(Protocol):
+    """What of a machine decides prices."""
+
+    @property
+    def rates(self) -> Rates: ...
+
+    @property
+    def cache_bytes(self) -> int: ...
+
+
 def estimate_device_s(
-    problem: Problem, residency: Residency, work: Work, moved: Traffic, rates: Rates, cache_bytes: int
+    problem: Problem, residency: Residency, work: Work, moved: Traffic, machine: Pricing, states: str
 ) -> float:
     """Seconds on a GPU: arithmetic, link and disk side by side; then what nothing hides.
 
-    That is the way of the first blocks to the device and of the last rows from it, and for each launch the half wave of
-    row blocks that its end leaves idle on average.
+    That is the way of the first blocks to the device and of the last rows from it, and multiprocessors that fall idle
+    where a launch has few blocks of rows.
     """
-    once = problem.q.file_bytes + problem.k.file_bytes + problem.v.file_bytes
-    disk_read = min(once, moved.input_read_bytes) if once <= cache_bytes else moved.input_read_bytes
+    rates = machine.rates
+    from_disk = problem.on_disk_bytes / max(1, problem.file_bytes)
+    once, moved_in = from_disk * problem.file_bytes, from_disk * moved.input_read_bytes
+    disk_read = min(once, moved_in) if once <= machine.cache_bytes else moved_in
     disk_s = disk_read / rates.disk_read_bytes + moved.output_written_bytes / rates.disk_write_bytes
+    state_s = {
+        HOST: max(moved.state_read_bytes, moved.state_written_bytes) / rates.link_bytes,  # both ways at once
+        DISK: moved.state_read_bytes / rates.disk_read_bytes + moved.state_written_bytes / rates.disk_write_bytes,
+    }.get(states, 0.0)
     output_bytes = 0 if problem.result.on_device else problem.output_bytes
     link_s = (moved.input_read_bytes + output_bytes) / rates.link_bytes
-    compute_s = problem.flops / dict(rates.device_flops)[problem.q.dtype]
-    idle = 0.5 * rates.device_wave_rows / (residency.heads * min(work.rows_per_step, problem.query_tokens))
+    rows = residency.heads * min(work.rows_per_step, problem.query_tokens)
+    compute_s = problem.flops / dict(rates.device_flops)[problem.q.dtype] * (1 + _idle(rows, work, rates))
+    compute_s += work.steps * rows * rates.row_launch_s
+    host_s = work.steps * rates.launch_s + moved.input_read_bytes / rates.copied_bytes
     first_tokens = {"q": residency.query_chunk, "k": residency.key_chunk, "v": residency.key_chunk}
     first_bytes = sum(
         operand.file_bytes / (problem.batch * problem.heads * operand.shape[2]) * residency.heads * first_tokens[name]
@@ -108,5 +134,26 @@ def estimate_device_s(
     )
     last_bytes = output_bytes / (problem.batch * problem.heads * problem.query_tokens)
     last_bytes *= residency.heads * residency.state_rows
-    ends_s = (first_bytes + last_bytes) / rates.copied_bytes
-    return max(compute_s * (1 + idle), disk_s, link_s) + ends_s + work.steps * rates.launch_s
+    arrival_s = (1 - from_disk) / rates.copied_bytes + from_disk / rates.disk_read_bytes
+    departure_s = 1 / rates.copied_bytes + (problem.result.place == "file") / rates.disk_write_bytes
+    ends_s = first_bytes * arrival_s + last_bytes * departure_s + _late_s(problem, residency, once, compute_s, rates)
+    return max(compute_s, disk_s, link_s + state_s, host_s) + ends_s
+
+
+def _late_s(problem: Problem, residency: Residency, once: float, compute_s: float, rates: Rates) -> float:
+    """What the first group of heads waits for the disk; later ones are read ahead meanwhile.
+
+    It needs nearly all of its tokens in about the first third of its time.
+    """
+    groups = problem.batch * problem.heads / residency.heads
+    return max(0.0, once / groups / rates.disk_read_bytes - compute_s / groups / 3)
+
+
+def _idle(rows: int, work: Work, rates: Rates) -> float:
+    """Share of the arithmetic by which multiprocessors idle: launches of few rows do not fill them.
+
+    Those that continue the same rows follow each other, each with a last wave of its own; others fill each other's.
+    """
+    waves = rows / rates.device_wave_rows
+    alone = math.ceil(waves) / waves - 1
+    return alone if work.same_rows else max(0.1 * alone, 0.5 / waves - 1)

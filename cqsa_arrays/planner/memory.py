@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from ..kernels.cpu.tiles import BLOCK_KEYS, largest_scratch_bytes
+from ..kernels.cuda.variants import WHOLE_KEYS
 from .problem import Problem
 
 # Chunk borders are multiples of this many tokens: whole query panels and key blocks of every CPU kernel,
@@ -16,10 +17,12 @@ DEVICE_ALIGNMENT = 512
 # Between files or arrays on the host and the device: page-locked pieces, and how many of them are under way.
 PINNED_PIECE_BYTES = 4 << 20
 PINNED_PIECES = 8
-# Finished rows leave the device in pieces of about this size, one written while the next one is copied.
-DEVICE_OUTPUT_BYTES = 8 << 20
-OUTPUT_SLOTS = 2
+# Finished rows leave the device in smaller ones, each by a thread of its own: the last of them are waited for.
+DEVICE_OUTPUT_BYTES = 2 << 20
+OUTPUT_SLOTS = 4
 READER_THREADS = 4
+# Where partial states wait between tasks: with the device or process that computes, on a GPU's host, in a file.
+MEMORY, HOST, DISK = "memory", "host", "disk"
 # Rows are finalised (divided and narrowed) in pieces whose float arrays are about this large.
 OUTPUT_PIECE_BYTES = 1 << 19
 # What a thread of our own touches of its stack and heap: those of the kernel, those of the output, one reads ahead.
@@ -36,7 +39,7 @@ class MemoryTerm:
 
 @dataclass(frozen=True, slots=True)
 class Residency:
-    """How much of what is resident at once, in tokens of ``heads`` (batch, head) pairs."""
+    """How much of what is resident at once, in tokens of ``heads`` (batch, head) pairs; slots hold a chunk each."""
 
     heads: int
     query_chunk: int
@@ -47,11 +50,19 @@ class Residency:
     cover_bytes: int
     threads: int
     query_slots: int = 1
+    state_slots: int = 1
 
 
 def state_row_bytes(problem: Problem, *, in_result: bool = False) -> int:
     """One row's ``acc``, ``m`` and ``l``; without ``acc`` where that lies in the result."""
     return (2 if in_result else problem.value_dim + 2) * problem.compute_itemsize
+
+
+def needs_no_state(problem: Problem, key_parts: int) -> bool:
+    """Whether a GPU writes finished rows of an array there by the one launch that computes them, from registers."""
+    longest = WHOLE_KEYS.get(problem.q.dtype, 0)
+    finished = problem.result.on_device and problem.result.row_scalars == 0
+    return finished and key_parts == 1 and problem.key_tokens <= longest
 
 
 def output_piece_rows(problem: Problem, heads: int) -> int:
@@ -108,21 +119,22 @@ def device_terms(problem: Problem, residency: Residency) -> tuple[MemoryTerm, ..
         MemoryTerm("key chunks", 0 if problem.k.in_place else key_rows * problem.head_dim * problem.k.itemsize),
         MemoryTerm("value chunks", 0 if problem.v.in_place else key_rows * problem.value_dim * problem.v.itemsize),
         MemoryTerm("query chunks", 0 if problem.q.in_place else query_rows * problem.head_dim * problem.q.itemsize),
-        MemoryTerm("states", r.heads * r.state_rows * r.state_row_bytes),
+        MemoryTerm("states", r.state_slots * _whole(r.heads * r.query_chunk * r.state_row_bytes)),
         MemoryTerm("output pieces", _outgoing_bytes(problem, r)),
     )
     return tuple(MemoryTerm(t.name, _whole(t.size_bytes)) for t in terms if t.size_bytes)
 
 
-def host_terms(problem: Problem, residency: Residency) -> tuple[MemoryTerm, ...]:
-    """What a run on a GPU allocates on the host."""
+def host_terms(problem: Problem, residency: Residency, states: str) -> tuple[MemoryTerm, ...]:
+    """What a run on a GPU allocates on the host; ``states`` is where they wait."""
     r, operands = residency, (problem.q, problem.k, problem.v)
     streamed = [operand for operand in operands if not operand.in_place]
     terms = (
         MemoryTerm("page-locked pieces", PINNED_PIECES * PINNED_PIECE_BYTES if streamed else 0),
-        MemoryTerm("page-locked output", _outgoing_bytes(problem, r)),
+        MemoryTerm("page-locked output", _locked_output_bytes(problem, r) if _leaves_in_pieces(problem) else 0),
+        MemoryTerm("page-locked states", _waiting_bytes(problem, r, states)),
         MemoryTerm("read and write staging", _staging_bytes(problem)),
-        MemoryTerm("threads", (READER_THREADS + 2) * THREAD_BYTES),
+        MemoryTerm("threads", (READER_THREADS + OUTPUT_SLOTS + 1) * THREAD_BYTES),
         MemoryTerm("caches of the inputs", sum(operand.held_bytes for operand in operands)),
         MemoryTerm("cover", r.cover_bytes),
         MemoryTerm(
@@ -132,13 +144,29 @@ def host_terms(problem: Problem, residency: Residency) -> tuple[MemoryTerm, ...]
     return tuple(term for term in terms if term.size_bytes)
 
 
+def _waiting_bytes(problem: Problem, r: Residency, states: str) -> int:
+    """All rows of a group of heads, or one chunk on its way between device and file."""
+    rows = {MEMORY: 0, HOST: problem.query_tokens, DISK: r.query_chunk}[states]
+    return r.heads * rows * r.state_row_bytes
+
+
 def _staging_bytes(problem: Problem) -> int:
     inputs = max(operand.staging_bytes for operand in (problem.q, problem.k, problem.v))
-    return READER_THREADS * inputs + problem.result.staging_bytes
+    return READER_THREADS * inputs + OUTPUT_SLOTS * problem.result.staging_bytes
 
 
 def _outgoing_bytes(problem: Problem, residency: Residency) -> int:
-    return 0 if problem.result.on_device else OUTPUT_SLOTS * output_slot(problem, residency).size_bytes
+    return OUTPUT_SLOTS * output_slot(problem, residency).size_bytes if _leaves_in_pieces(problem) else 0
+
+
+def _leaves_in_pieces(problem: Problem) -> bool:
+    """Not what stays on the device, and not statistics, which are copied as they are."""
+    return not problem.result.on_device and problem.result.row_scalars < 2
+
+
+def _locked_output_bytes(problem: Problem, residency: Residency) -> int:
+    """Pieces like those of the inputs, or larger where a single row is; see ``engine.cuda.memory.pinned_piece``."""
+    return OUTPUT_SLOTS * max(PINNED_PIECE_BYTES, output_slot(problem, residency).size_bytes)
 
 
 def _whole(size_bytes: int) -> int:

@@ -11,7 +11,7 @@ from ..masks import Causal
 from ..ranges import Range
 from ..units import format_bytes, format_seconds
 from .candidates import Candidate
-from .memory import MemoryTerm, total_bytes
+from .memory import DISK, HOST, MEMORY, MemoryTerm, total_bytes
 from .problem import Problem
 
 
@@ -46,6 +46,7 @@ class Plan:
     chosen: Candidate
     alternative: Candidate | None
     reason: str
+    kernel: str = ""
 
     @property
     def cover_name(self) -> str:
@@ -59,7 +60,12 @@ class Plan:
     @property
     def states_in_result(self) -> bool:
         """Whether unfinished rows are accumulated in the result's own memory."""
-        return self.problem.result.holds_states and self.cover_name == "cqs" and not self.chosen.states_on_disk
+        return self.problem.result.holds_states and self.cover_name == "cqs" and self.chosen.states == MEMORY
+
+    @property
+    def no_states(self) -> bool:
+        """Whether each launch on a GPU finishes its rows."""
+        return self.chosen.residency.state_row_bytes == 0
 
     @property
     def groups(self) -> tuple[Group, ...]:
@@ -85,6 +91,7 @@ class Plan:
         return {
             "identity": self.identity,
             "device": self.device,
+            "kernel": self.kernel,
             "problem": self.problem.to_dict(),
             "budget": asdict(self.budget),
             "memory_bytes": self.memory_bytes,
@@ -105,11 +112,13 @@ class Plan:
     def _problem_lines(self) -> list[str]:
         p = self.problem
         mask = f"causal, offset {p.mask.offset}" if isinstance(p.mask, Causal) else "full"
+        threads = f", {_counted(self.chosen.residency.threads, 'thread')}" if self.device == "cpu" else ""
         return [
-            f"plan {self.identity} on {self.device}, {self.chosen.residency.threads} threads",
+            f"plan {self.identity} on {self.device}{threads}",
             f"  attention    batch {p.batch}, heads {p.heads}, queries {p.query_tokens:,}, keys {p.key_tokens:,},"
             f" D {p.head_dim}, Dv {p.value_dim}, {mask}",
             f"  arithmetic   {p.q.dtype} -> {p.compute_dtype}, {p.flops:.3g} floating-point operations",
+            *([f"  kernel       {self.kernel}"] if self.kernel else []),
             *(f"  {name:<12} {getattr(p, name).description}" for name in ("q", "k", "v")),
             f"  output       {p.result.description}, {p.result.dtype}, {format_bytes(p.output_bytes)}",
         ]
@@ -118,12 +127,16 @@ class Plan:
         c, p = self.chosen, self.problem
         if c.cover == "cqs":
             size = set_size(c.query_parts)
-            shape = f"{c.query_parts:,} tasks of {size} chunks ({size / c.query_parts:.1%} of the tokens)"
+            share = f"{size / c.query_parts:.1%} of the tokens"
+            shape = f"{_counted(c.query_parts, 'task')} of {_counted(size, 'chunk')} ({share})"
         else:
-            shape = f"{c.query_parts:,} query tiles, each against {c.key_parts:,} key blocks"
-        places = "in a scratch file, two slots each" if c.states_on_disk else "in memory"
-        groups = len(self.groups)
-        together = f"{c.batches * c.heads} of {p.batch * p.heads} heads together, {groups} group{'s' * (groups > 1)}"
+            shape = f"{_counted(c.query_parts, 'query tile')}, each against {_counted(c.key_parts, 'key block')}"
+        places = {
+            MEMORY: "in memory", HOST: "in page-locked memory of the host", DISK: "in a scratch file, two slots each",
+        }[c.states]  # fmt: skip
+        places = "none: each launch finishes its rows" if self.no_states else places
+        groups = _counted(len(self.groups), "group")
+        together = f"{c.batches * c.heads} of {p.batch * p.heads} heads together, {groups}"
         return [
             f"  cover        {c.cover}: {shape}",
             f"  chunks       {c.residency.query_chunk:,} query and {c.residency.key_chunk:,} key tokens",
@@ -143,6 +156,7 @@ class Plan:
         if self.chosen.host_terms:
             lines += ["  host memory", *(_term_line(term) for term in self.chosen.host_terms)]
             lines.append(f"    {'total':<24}{format_bytes(total_bytes(self.chosen.host_terms)):>12}")
+            lines.append("  besides      the CUDA context and the code of the kernels, once for each process")
         return lines
 
     def _price_lines(self) -> list[str]:
@@ -161,6 +175,10 @@ class Plan:
             f"{format_bytes(t.output_written_bytes):>12}", f"{format_bytes(disk):>12}",
         )  # fmt: skip
         return f"    {c.cover:<14}{''.join(cells)}  {remark}"
+
+
+def _counted(count: int, what: str) -> str:
+    return f"{count:,} {what}{'s' * (count != 1)}"
 
 
 def _term_line(term: MemoryTerm) -> str:

@@ -22,6 +22,7 @@ class Operand:
     staging_bytes: int
     held_bytes: int
     description: str
+    on_disk: bool = True
 
     @property
     def file_bytes(self) -> int:
@@ -104,6 +105,16 @@ class Problem:
     def flops(self) -> int:
         """Floating-point operations of the two products: 2 (D + Dv) a visible pair."""
         return 2 * (self.head_dim + self.value_dim) * self.pairs
+
+    @property
+    def file_bytes(self) -> int:
+        """Bytes that must be read to see all inputs once."""
+        return self.q.file_bytes + self.k.file_bytes + self.v.file_bytes
+
+    @property
+    def on_disk_bytes(self) -> int:
+        """How many of those come from files and maps."""
+        return sum(operand.file_bytes for operand in (self.q, self.k, self.v) if operand.on_disk)
 
     @property
     def output_bytes(self) -> int:

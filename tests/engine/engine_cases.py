@@ -193,7 +193,10 @@ class Case:
 
     def cqs(self, chunks, group=None, on_disk=False, scratch="/nowhere") -> Plan:
         machine = Machine(self.threads, 1 << 34, Rates())
-        return self._plan(cqs_candidate(self.problem, machine, group or self.q.shape[:2], on_disk, chunks), scratch)
+        return self._plan(
+            cqs_candidate(self.problem, machine, group or self.q.shape[:2], "disk" if on_disk else "memory", chunks),
+            scratch,
+        )
 
     def rectangular(self, query_parts, key_block, group=None) -> Plan:
         machine = Machine(self.threads, 1 << 34, Rates())

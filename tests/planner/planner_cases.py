@@ -109,8 +109,8 @@ def every_candidate(one: Problem, cover: str, machine: Machine = MACHINE) -> Ite
     for group in head_groups(one):
         if cover != "rectangular":
             for chunks in chunk_counts(one, machine):
-                for on_disk in (False, True):
-                    yield cqs_candidate(one, machine, group, on_disk, chunks)
+                for states in ("memory", "disk"):
+                    yield cqs_candidate(one, machine, group, states, chunks)
         if cover != "cqs":
             for block in key_blocks(one):
                 for parts in {1, 2, 3, max(1, tiles(one.query_tokens) // 2), tiles(one.query_tokens)}:

@@ -132,7 +132,7 @@ def test_a_billion_tokens_in_4_gib_write_what_the_design_says() -> None:
 
 @pytest.mark.parametrize(
     ("cover", "chunks", "argument"),
-    [("round", None, "cover"), (None, None, "cover"), ("auto", 0, "chunks"), ("cqs", -3, "chunks")],
+    [("auto", 0, "chunks"), ("cqs", -3, "chunks"), ("rectangular", 3, "chunks")],
     ids=str,
 )
 def test_unknown_choices_are_refused_by_name(cover, chunks, argument) -> None:

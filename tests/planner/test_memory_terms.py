@@ -32,7 +32,7 @@ CASES = {
     # 7 tiles of 96 tokens in 7 chunks: tasks hold 3 chunks of 96 keys of both heads.
     "cqs, states in memory": (
         problem(heads=2, queries=672, dim=64, value_dim=32, dtype="float16", staging=5000, held=20, result_staging=700),
-        lambda one: cqs_candidate(one, MACHINE, (1, 2), False, 7),
+        lambda one: cqs_candidate(one, MACHINE, (1, 2), "memory", 7),
         {
             "key chunks": 2 * 3 * 96 * 64 * 4, "value chunks": 2 * 3 * 96 * 32 * 4, "query chunk": 2 * 96 * 64 * 4,
             "states": 2 * 672 * (32 + 2) * 4, "kernel scratch": 2 * SCRATCH_96,
@@ -43,7 +43,7 @@ CASES = {
     # The same with one head at a time and one chunk's states in memory.
     "cqs, states on disk": (
         problem(heads=2, queries=672, dim=64, value_dim=32, dtype="float16"),
-        lambda one: cqs_candidate(one, MACHINE, (1, 1), True, 7),
+        lambda one: cqs_candidate(one, MACHINE, (1, 1), "disk", 7),
         {
             "key chunks": 3 * 96 * 64 * 4, "value chunks": 3 * 96 * 32 * 4, "query chunk": 96 * 64 * 4,
             "states": 96 * (32 + 2) * 4, "kernel scratch": 2 * SCRATCH_96, "output pieces": 2 * 96 * (32 + 2) * 4,
@@ -53,7 +53,7 @@ CASES = {
     # acc lies in the caller's array: only m and l are states. 1000 tokens are 11 tiles: 3 chunks of at most 4 tiles.
     "cqs in the result": (
         problem(queries=1000, keys=90, dim=8, dtype="float64", in_place=True, place="array", holds_states=True),
-        lambda one: cqs_candidate(one, MACHINE, (1, 1), False, 3),
+        lambda one: cqs_candidate(one, MACHINE, (1, 1), "memory", 3),
         {
             "states": 1000 * 2 * 8, "kernel scratch": 2 * SCRATCH_384, "output pieces": 2 * 384 * (8 + 2) * 8,
             "threads": THREADS, "cover": 3 * 32,
@@ -62,7 +62,7 @@ CASES = {
     # On disk the states are whole again, result or not.
     "cqs beside the result": (
         problem(queries=1000, keys=90, dim=8, dtype="float64", in_place=True, place="array", holds_states=True),
-        lambda one: cqs_candidate(one, MACHINE, (1, 1), True, 3),
+        lambda one: cqs_candidate(one, MACHINE, (1, 1), "disk", 3),
         {
             "states": 384 * 10 * 8, "kernel scratch": 2 * SCRATCH_384, "output pieces": 2 * 384 * (8 + 2) * 8,
             "threads": THREADS, "cover": 3 * 32,
@@ -82,7 +82,7 @@ CASES = {
     "statistics": (
         problem(batch=2, queries=384, dim=8, dtype="float64", in_place=True, place="new array", row_scalars=2,
                 holds_states=True),
-        lambda one: cqs_candidate(one, MACHINE, (2, 1), False, 1),
+        lambda one: cqs_candidate(one, MACHINE, (2, 1), "memory", 1),
         {
             "states": 2 * 384 * 2 * 8, "kernel scratch": 2 * SCRATCH_384, "output pieces": 2 * 384 * (8 + 2) * 8,
             "threads": THREADS, "result": 2 * 384 * (8 + 2) * 8, "cover": 32,
@@ -101,7 +101,7 @@ def test_terms_are_those_worked_out_by_hand(one, build, expected) -> None:
 
 def test_long_rows_are_finished_in_pieces_of_half_a_mebibyte() -> None:
     one = problem(queries=100_000, dim=1, value_dim=128, dtype="float32")
-    (piece,) = (t for t in cqs_candidate(one, MACHINE, (1, 1), False, 1).terms if t.name == "output pieces")
+    (piece,) = (t for t in cqs_candidate(one, MACHINE, (1, 1), "memory", 1).terms if t.name == "output pieces")
     assert piece.size_bytes == 2 * (1024 * 130 * 4)
 
 
@@ -109,7 +109,7 @@ def test_long_rows_are_finished_in_pieces_of_half_a_mebibyte() -> None:
 @BRIEF
 def test_the_bound_is_the_sum_of_distinct_terms(one) -> None:
     for candidate in (
-        cqs_candidate(one, MACHINE, head_groups(one)[0], False, 3),
+        cqs_candidate(one, MACHINE, head_groups(one)[0], "memory", 3),
         rectangular_candidate(one, MACHINE, head_groups(one)[-1], key_blocks(one)[0], 1),
     ):
         names = [term.name for term in candidate.terms]
@@ -131,7 +131,7 @@ def test_more_query_parts_of_the_rectangle_never_need_more(one, data) -> None:
 @BRIEF
 def test_fewer_heads_and_shorter_key_blocks_never_need_more(one, data) -> None:
     chunks = data.draw(st.integers(1, 2 * tiles(one.query_tokens)))
-    groups = [cqs_candidate(one, MACHINE, group, False, chunks).memory_bytes for group in head_groups(one)]
+    groups = [cqs_candidate(one, MACHINE, group, "memory", chunks).memory_bytes for group in head_groups(one)]
     assert groups == sorted(groups, reverse=True)
     blocks = [rectangular_candidate(one, MACHINE, (1, 1), block, 1).memory_bytes for block in key_blocks(one)]
     assert blocks == sorted(blocks)
@@ -151,9 +151,9 @@ def chunk_violations(one) -> list[tuple[int, int, int, int]]:
 @pytest.mark.parametrize("chunks", [1, 3, 7, 13, 21, 31, 57, 73, 91, 133], ids=str)
 def test_chunks_of_whole_equal_tiles_need_less_the_more_there_are(chunks) -> None:
     one = problem(queries=1 * 3 * 7 * 13 * 21 * 31 * 57 * 73 * 96)
-    least = cqs_candidate(one, MACHINE, (1, 1), True, chunks).memory_bytes
+    least = cqs_candidate(one, MACHINE, (1, 1), "disk", chunks).memory_bytes
     assert all(
-        cqs_candidate(one, MACHINE, (1, 1), True, fewer).memory_bytes > least
+        cqs_candidate(one, MACHINE, (1, 1), "disk", fewer).memory_bytes > least
         for fewer in (1, 3, 7, 13, 21, 31, 57, 73, 91)
         if fewer < chunks
     )
@@ -165,7 +165,7 @@ def test_the_first_number_of_chunks_that_fits_is_found_where_more_chunks_need_mo
     one = problem(queries=count * 96)
     assert chunk_violations(one) != []
     group, counts = head_groups(one)[-1], chunk_counts(one, MACHINE)
-    needs = [cqs_candidate(one, MACHINE, group, False, c).memory_bytes for c in counts]
+    needs = [cqs_candidate(one, MACHINE, group, "memory", c).memory_bytes for c in counts]
     for budget in needs:
         found = [c.query_parts for c in cqs_candidates(one, MACHINE, budget, None) if not c.states_on_disk]
         assert counts[next(i for i, need in enumerate(needs) if need <= budget)] in found

@@ -1,6 +1,7 @@
 """The plan itself: groups, text, JSON, identity, floating-point operations, and what it costs to make one."""
 
 import json
+import re
 import sys
 import tracemalloc
 from dataclasses import asdict, replace
@@ -34,7 +35,7 @@ def test_groups_share_out_all_heads_of_all_batches_once(batch, heads, token_majo
     assert len(set(ways)) == len(ways)
     assert ways[-1] == (1, heads if token_major else 1)
     for batches, together in ways:
-        plan = plan_of(one, cqs_candidate(one, MACHINE, (batches, together), False, 1))
+        plan = plan_of(one, cqs_candidate(one, MACHINE, (batches, together), "memory", 1))
         times = np.zeros((batch, heads), int)
         for group in plan.groups:
             assert len(group.batch) <= batches
@@ -50,6 +51,17 @@ SHOWN = problem(
 )
 
 
+def test_one_thing_is_not_called_several() -> None:
+    one, several = (
+        str(plan_for(problem(queries=500), 64 << 20, cover="cqs")),
+        str(plan_for(SHOWN, 4 << 20, cover="cqs")),
+    )
+    assert "1 task of 1 chunk (" in one
+    assert ", 1 group\n" in one
+    assert re.search(r"\d+ tasks of \d+ chunks \(", several)
+    assert re.search(r", \d+ groups\n", several)
+
+
 @pytest.mark.parametrize("cover", ["cqs", "rectangular"])
 def test_the_text_shows_everything_that_a_reader_asks(cover) -> None:
     plan = plan_for(SHOWN, 12 << 20, cover=cover)
@@ -61,9 +73,13 @@ def test_the_text_shows_everything_that_a_reader_asks(cover) -> None:
     assert f"output       out.h5:/out, float16, {format_bytes(SHOWN.output_bytes)}" in text
     if cover == "cqs":
         size = set_size(chosen.query_parts)
-        assert f"cqs: {chosen.query_parts:,} tasks of {size} chunks" in text
+        assert re.search(rf"cqs: {chosen.query_parts:,} tasks? of {size} chunks? ", text)
     else:
-        assert f"rectangular: {chosen.query_parts:,} query tiles, each against {chosen.key_parts:,} key blocks" in text
+        assert re.search(
+            rf"rectangular: {chosen.query_parts:,} query tiles?, each against {chosen.key_parts:,} key blocks?$",
+            text,
+            re.M,
+        )
     size = chosen.residency
     assert f"{size.query_chunk:,} query and {size.key_chunk:,} key tokens" in text
     assert f"{chosen.batches * chosen.heads} of 8 heads together, {len(plan.groups)} groups" in text
@@ -85,12 +101,12 @@ def test_the_text_shows_everything_that_a_reader_asks(cover) -> None:
 
 def test_states_on_disk_are_shown_with_their_room() -> None:
     one = problem(queries=1_000_000)
-    candidate = cqs_candidate(one, MACHINE, (1, 1), True, 57)
+    candidate = cqs_candidate(one, MACHINE, (1, 1), "disk", 57)
     assert candidate.scratch_bytes == 2 * 1_000_000 * 66 * 4
     text = str(plan_of(one, candidate))
     assert "in a scratch file, two slots each" in text
     assert format_bytes(candidate.scratch_bytes + one.output_bytes) in text.splitlines()[-1]
-    assert "in memory" in str(plan_of(one, cqs_candidate(one, MACHINE, (1, 1), False, 57)))
+    assert "in memory" in str(plan_of(one, cqs_candidate(one, MACHINE, (1, 1), "memory", 57)))
 
 
 # JSON.
@@ -137,7 +153,7 @@ def test_other_dictionaries_are_no_masks(stored) -> None:
 # Identity.
 
 SQUARE = problem(batch=2, heads=4, queries=2000, keys=3000, mask=Causal(0))
-PLAIN = plan_of(SQUARE, cqs_candidate(SQUARE, MACHINE, (1, 4), False, 7))
+PLAIN = plan_of(SQUARE, cqs_candidate(SQUARE, MACHINE, (1, 4), "memory", 7))
 
 
 def with_problem(**changes) -> Plan:
@@ -182,8 +198,8 @@ def test_no_two_of_them_share_an_identity() -> None:
     [
         replace(PLAIN, budget=budget(1)),
         replace(PLAIN, budget=replace(PLAIN.budget, scratch="/elsewhere")),
-        plan_of(SQUARE, cqs_candidate(SQUARE, Machine(64, 1, Rates(disk_read_bytes=1)), (1, 4), False, 7)),
-        plan_of(SQUARE, cqs_candidate(SQUARE, MACHINE, (1, 4), True, 7)),
+        plan_of(SQUARE, cqs_candidate(SQUARE, Machine(64, 1, Rates(disk_read_bytes=1)), (1, 4), "memory", 7)),
+        plan_of(SQUARE, cqs_candidate(SQUARE, MACHINE, (1, 4), "disk", 7)),
         replace(PLAIN, reason="priced"),
         replace(PLAIN, alternative=PLAIN.chosen),
     ],
@@ -225,7 +241,7 @@ def test_flops_count_every_visible_pair(queries, keys, offset, batch, heads) -> 
 def test_the_cover_holds_each_pair_once_in_chunks_that_fit_the_residency(count, kind) -> None:
     one = problem(queries=1000, keys=700, mask=Causal(-200))
     if kind is CqsCover:
-        candidate = cqs_candidate(one, MACHINE, (1, 1), False, count)
+        candidate = cqs_candidate(one, MACHINE, (1, 1), "memory", count)
     else:
         candidate = rectangular_candidate(one, MACHINE, (1, 1), 192, count)
     cover = plan_of(one, candidate).build_cover()

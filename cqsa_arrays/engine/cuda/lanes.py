@@ -1,47 +1,44 @@
-"""Streams that launches take in turn, so that the first blocks of one run beside the last blocks of the one before."""
+"""Streams on which launches run side by side, so that the first blocks of one run beside the last blocks of another."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from dataclasses import dataclass, field
 from itertools import cycle
 
 import cupy
 
+from ...planner import Group
 from ...ranges import Range
 
 
+@dataclass(slots=True)
 class Lanes:
-    """``count`` streams beside ``compute``; with one, ``compute`` itself.
+    """Streams that take the query ranges in turn; a range stays on its lane until it is finished.
 
-    Launches on different lanes may run at the same time and in any order, except that those on the same query rows
-    follow each other: a row's state is continued in the order of the plan, whatever runs beside it.
+    So all work on one row's state is on one stream, in the order of the plan, and nothing else needs to order it.
     """
 
-    def __init__(self, compute: cupy.cuda.Stream, count: int) -> None:
-        self._compute = compute
-        self._streams = [cupy.cuda.Stream(non_blocking=True) for _ in range(count)] if count > 1 else []
-        self._turn = cycle(self._streams or [compute])
-        self._last: dict[Range, cupy.cuda.Event] = {}
+    streams: tuple[cupy.cuda.Stream, ...]
+    _turn: Iterator[cupy.cuda.Stream] = field(init=False)
+    _lane: dict[tuple[Group, Range], cupy.cuda.Stream] = field(default_factory=dict, init=False)
 
-    def take(self, rows: Range) -> cupy.cuda.Stream:
-        """The stream of the next launch, which continues ``rows``."""
-        stream = next(self._turn)
-        if rows in self._last:
-            stream.wait_event(self._last[rows])
-        return stream
+    def __post_init__(self) -> None:
+        self._turn = cycle(self.streams)
 
-    def launched(self, rows: Range, stream: cupy.cuda.Stream) -> None:
-        """The launch on ``rows`` is on ``stream``."""
-        if self._streams:
-            self._last[rows] = stream.record()
+    def of(self, group: Group, rows: Range) -> cupy.cuda.Stream:
+        """The stream of ``rows``."""
+        if (group, rows) not in self._lane:
+            self._lane[group, rows] = next(self._turn)
+        return self._lane[group, rows]
 
-    def fork(self) -> None:
-        """Launches from now on come after what is on ``compute``."""
-        self._last.clear()
-        event = self._compute.record()
-        for stream in self._streams:
-            stream.wait_event(event)
+    def leave(self, group: Group, rows: Range) -> cupy.cuda.Stream:
+        """The stream of ``rows``, which are finished."""
+        lane = self.of(group, rows)
+        del self._lane[group, rows]
+        return lane
 
-    def join(self) -> None:
-        """What is put on ``compute`` from now on comes after all launches."""
-        for stream in self._streams:
-            self._compute.wait_event(stream.record())
+    def synchronize(self) -> None:
+        """Wait for everything on them."""
+        for stream in self.streams:
+            stream.synchronize()

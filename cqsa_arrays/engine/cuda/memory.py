@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import queue
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,7 +12,7 @@ import numpy as np
 from cupy.cuda.runtime import CUDARuntimeError
 
 from ...errors import DeviceMemoryError
-from ...planner.memory import DEVICE_ALIGNMENT
+from ...planner.memory import DEVICE_ALIGNMENT, OUTPUT_SLOTS, PINNED_PIECE_BYTES, PINNED_PIECES
 from ...units import format_bytes
 
 _OUT_OF_MEMORY = 2  # cudaErrorMemoryAllocation
@@ -55,6 +56,28 @@ def pinned(size_bytes: int) -> np.ndarray:
     return np.frombuffer(pointer, np.uint8, size_bytes)
 
 
+# Locking a piece takes a millisecond, more than filling it: the pieces of one run wait here for the next. They are of
+# one size and no more than one run uses.
+_SPARE: queue.LifoQueue[np.ndarray] = queue.LifoQueue(PINNED_PIECES + OUTPUT_SLOTS)
+
+
+def pinned_piece(size_bytes: int) -> np.ndarray:
+    """Page-locked bytes, ``PINNED_PIECE_BYTES`` or what one row takes if that is more; ``spare`` takes them back."""
+    if size_bytes > PINNED_PIECE_BYTES:
+        return pinned(size_bytes)
+    try:
+        return _SPARE.get_nowait()
+    except queue.Empty:
+        return pinned(PINNED_PIECE_BYTES)
+
+
+def spare(memory: np.ndarray) -> None:
+    """Keep a piece that nothing uses any more for a later run."""
+    if memory.size == PINNED_PIECE_BYTES:
+        with suppress(queue.Full):
+            _SPARE.put_nowait(memory)
+
+
 @dataclass(slots=True)
 class Piece:
     """Page-locked bytes; ``done`` is recorded after the copy that uses them."""
@@ -64,20 +87,35 @@ class Piece:
 
 
 class PinnedPieces:
-    """A fixed number of page-locked pieces, handed out when the copy that used them last is done."""
+    """At most ``count`` page-locked pieces, handed out when the copy that used them last is done."""
 
-    def __init__(self, count: int, size_bytes: int) -> None:
-        self.size_bytes = size_bytes
-        self._free: queue.Queue[Piece] = queue.Queue()
+    def __init__(self, count: int) -> None:
+        self.size_bytes = PINNED_PIECE_BYTES
+        self._free: queue.SimpleQueue[Piece] = queue.SimpleQueue()
+        self._left = queue.SimpleQueue[None]()
         for _ in range(count):
-            self._free.put(Piece(pinned(size_bytes), cupy.cuda.Event(disable_timing=True)))
+            self._left.put(None)
 
     def borrow(self) -> Piece:
-        """A piece that nothing uses any more; waits for one."""
-        piece = self._free.get()
+        """A piece that nothing uses any more: a free one, else a new one, else the next that comes back."""
+        with suppress(queue.Empty):
+            return self._ready(self._free.get_nowait())
+        with suppress(queue.Empty):
+            self._left.get_nowait()
+            return Piece(pinned_piece(self.size_bytes), cupy.cuda.Event(disable_timing=True))
+        return self._ready(self._free.get())
+
+    @staticmethod
+    def _ready(piece: Piece) -> Piece:
         piece.done.synchronize()
         return piece
 
     def give_back(self, piece: Piece) -> None:
         """``piece`` may be used again once its ``done`` has come."""
         self._free.put(piece)
+
+    def close(self) -> None:
+        """Every copy is done: a later run may use the pieces."""
+        with suppress(queue.Empty):
+            while True:
+                spare(self._free.get_nowait().memory)

@@ -13,21 +13,10 @@ from cupy.cuda import runtime
 
 from ...planner import Group
 from ...ranges import Range
-from ...storage import DeviceSource, TokenSource
+from ...storage import DeviceSource, HostSource, TokenSource
 from ...workers import Workers
+from ..pages import block_bytes
 from .memory import Arena, PinnedPieces
-
-
-@dataclass(frozen=True, slots=True)
-class Link:
-    """What brings blocks to the device: reader threads, page-locked pieces, a stream for copies beside ``compute``."""
-
-    device: cupy.cuda.Device
-    arena: Arena
-    pieces: PinnedPieces | None
-    readers: Workers
-    copies: cupy.cuda.Stream
-    compute: cupy.cuda.Stream
 
 
 @dataclass(slots=True)
@@ -41,20 +30,55 @@ class Slot:
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """A piece of a block: its place in the source, and the first byte and the shape that it has in the slot."""
+    """A piece of a block: its place in the source, and where it lies in the slot, without gaps."""
 
     batch: Range
     heads: Range
     tokens: Range
-    offset: int
-    shape: tuple[int, int, int]  # as it lies in the slot: (heads, tokens, dim), or (tokens, heads, dim)
+    offset_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class Errand:
+    """A part that a reader thread is to bring."""
+
+    pages: DevicePages
+    slot: Slot
+    part: Part
+
+
+@dataclass(frozen=True, slots=True)
+class Link:
+    """What brings blocks to the device: reader threads, page-locked pieces, a stream for copies.
+
+    Blocks of all inputs are asked for first and then read together, by all threads.
+    """
+
+    device: cupy.cuda.Device
+    arena: Arena
+    pieces: PinnedPieces
+    readers: Workers
+    copies: cupy.cuda.Stream
+    wanted: list[Errand] = field(default_factory=list)
+    filled: list[Slot] = field(default_factory=list)
+
+    def transfer(self) -> None:
+        """Read what is wanted, piece by piece; each is copied as soon as it is read."""
+        wanted, filled = self.wanted.copy(), self.filled.copy()
+        self.wanted.clear()
+        self.filled.clear()
+        if wanted:
+            self.readers.run(wanted, lambda errand: errand.pages.bring(errand.slot, errand.part))
+        for slot in filled:
+            slot.arrived.record(self.copies)
 
 
 class DevicePages:
     """The blocks of ``source`` on the device: at most ``slots`` of at most ``tokens`` tokens of ``heads`` heads.
 
-    ``load`` returns at once with a block that is still on its way: a stream that reads it waits by ``await_loaded``. A
-    slot is not overwritten before the kernels that were launched before ``release`` have read it.
+    ``load`` gives the place of a block, which ``Link.transfer`` brings and which then still is on its way: a stream
+    that reads it waits by ``await_loaded``. A slot is not overwritten before the kernels that were launched before
+    ``release`` have read it.
     """
 
     def __init__(self, source: TokenSource, link: Link, *, slots: int, tokens: int, heads: int) -> None:
@@ -63,6 +87,9 @@ class DevicePages:
         self._resident: OrderedDict[tuple[Group, Range], Slot] = OrderedDict()
         self._touched: list[Slot] = []
         self._group: Group | None = None
+        self._locked = page_locked(source)
+        # Every block has the strides of the longest: one launch takes several.
+        self._tokens, self._heads = tokens, heads
         count = 0 if self._in_place else slots
         elements = link.arena.take((count, heads * tokens * source.shape[3]), source.dtype) if count else ()
         self._free = [Slot(memory, cupy.cuda.Event(disable_timing=True)) for memory in elements]
@@ -109,55 +136,113 @@ class DevicePages:
         if not self._in_place and (group, tokens) not in self._resident:
             self._source.prefetch(group.batch, group.heads, tokens)
 
+    def size_bytes(self, group: Group, tokens: Range) -> int:
+        """Bytes of a block where it is read."""
+        return block_bytes(self._source, group, tokens)
+
     @property
     def _current(self) -> Group:
         assert self._group is not None, "begin() comes first"
         return self._group
 
     def _fill(self, slot: Slot, group: Group, tokens: Range) -> None:
-        """Read the block by several threads, piece by piece, each piece copied as soon as it is read."""
-        link, base = self._link, slot.memory.data.ptr
-        pieces = link.pieces
-        assert pieces is not None, "an input that is not on the device comes in pieces"
+        """Have the block copied: by the device itself from page-locked memory, else piece by piece as it is read."""
+        link = self._link
         for event in slot.used.values():
             link.copies.wait_event(event)
         slot.used.clear()
+        parts = self._parts(group, tokens)
+        if self._locked is None:
+            link.wanted.extend(Errand(self, slot, part) for part in parts)
+        else:
+            for part in parts:
+                self._copy_locked(self._locked, slot, part)
+        link.filled.append(slot)
 
-        def bring(part: Part) -> None:
-            with link.device:
-                piece = pieces.borrow()
-                try:
-                    size_bytes = int(np.prod(part.shape)) * self._source.dtype.itemsize
-                    lying = piece.memory[:size_bytes].view(self._source.dtype).reshape(part.shape)
-                    logical = lying.swapaxes(0, 1) if self._source.token_major else lying
-                    self._source.read(part.batch, part.heads, part.tokens, logical[None])
-                    to_device = runtime.memcpyHostToDevice
-                    runtime.memcpyAsync(base + part.offset, lying.ctypes.data, size_bytes, to_device, link.copies.ptr)
-                    piece.done.record(link.copies)
-                finally:
-                    pieces.give_back(piece)
+    def bring(self, slot: Slot, part: Part) -> None:
+        """Read a part into a page-locked piece, which is copied from there; by any thread."""
+        link, source = self._link, self._source
+        shape = (len(part.heads), len(part.tokens), source.shape[3])
+        with link.device:
+            piece = link.pieces.borrow()
+            try:
+                size_bytes = int(np.prod(shape)) * source.dtype.itemsize
+                lying = piece.memory[:size_bytes].view(source.dtype)
+                if source.token_major:
+                    logical = lying.reshape(shape[1], shape[0], shape[2]).swapaxes(0, 1)
+                else:
+                    logical = lying.reshape(shape)
+                source.read(part.batch, part.heads, part.tokens, logical[None])
+                to, kind = slot.memory.data.ptr + part.offset_bytes, runtime.memcpyHostToDevice
+                runtime.memcpyAsync(to, lying.ctypes.data, size_bytes, kind, link.copies.ptr)
+                piece.done.record(link.copies)
+            finally:
+                link.pieces.give_back(piece)
 
-        link.readers.run(self._parts(group, tokens, pieces.size_bytes), bring)
-        slot.arrived.record(link.copies)
+    def _copy_locked(self, array: np.ndarray, slot: Slot, part: Part) -> None:
+        """Have a part copied from where it is, where its vectors may lie apart; heads together if they lie so."""
+        block = array[part.batch.slice, part.heads.slice, part.tokens.slice][0]
+        tokens, dim = block.shape[1:]
+        vector_bytes, pitch = dim * block.itemsize, block.strides[1]
+        row_bytes = vector_bytes * (len(part.heads) if self._source.token_major else 1)
+        to, kind, stream = slot.memory.data.ptr + part.offset_bytes, runtime.memcpyHostToDevice, self._link.copies.ptr
+        if self._source.token_major and block.strides[0] == vector_bytes and (tokens == 1 or pitch >= row_bytes):
+            source, pitch = block.ctypes.data, pitch if tokens > 1 else row_bytes
+            runtime.memcpy2DAsync(to, row_bytes, source, pitch, row_bytes, tokens, kind, stream)
+        else:
+            pitch = pitch if tokens > 1 else vector_bytes
+            step = vector_bytes if self._source.token_major else tokens * vector_bytes
+            for h, head in enumerate(block):
+                runtime.memcpy2DAsync(
+                    to + h * step, row_bytes, head.ctypes.data, pitch, vector_bytes, tokens, kind, stream
+                )
+        assert isinstance(self._source, HostSource), "page-locked"
+        self._source.bytes_read += block.nbytes
 
-    def _parts(self, group: Group, tokens: Range, most_bytes: int) -> Iterator[Part]:
-        """The pieces of a block, each of which is contiguous in the slot."""
+    def _parts(self, group: Group, tokens: Range) -> Iterator[Part]:
+        """The parts of a block, no larger than a piece."""
         dim, itemsize = self._source.shape[3], self._source.dtype.itemsize
-        together = len(group.heads) if self._source.token_major else 1
-        row_bytes = together * dim * itemsize
-        offset = 0
-        for batch in group.batch.split(1):
-            for heads in group.heads.split(together):
-                for part in tokens.split(max(1, most_bytes // row_bytes)):
-                    lengths = (len(part), together) if self._source.token_major else (together, len(part))
-                    yield Part(batch, heads, part, offset, (*lengths, dim))
-                    offset += len(part) * row_bytes
+        vector_bytes, most = dim * itemsize, self._link.pieces.size_bytes
+        assert len(group.heads) * len(group.batch) <= self._heads
+        for b, batch in enumerate(group.batch.split(1)):
+            if self._source.token_major:
+                # All heads of some tokens, or where one token's are more than a piece, some of them.
+                together = min(len(group.heads), most // vector_bytes)
+                whole = together == len(group.heads)
+                for part in tokens.split(most // (together * vector_bytes) if whole else 1):
+                    row = (b * self._tokens + part.start - tokens.start) * len(group.heads)
+                    for some in group.heads.split(together):
+                        yield Part(batch, some, part, (row + some.start - group.heads.start) * vector_bytes)
+                continue
+            # Heads lie side by side in the slot where the block is as long as it may be.
+            full = len(tokens) == self._tokens
+            together = max(1, most // (self._tokens * vector_bytes)) if full else 1
+            for some in group.heads.split(together):
+                for part in tokens.split(max(1, most // (vector_bytes * len(some)))):
+                    head = b * len(group.heads) + some.start - group.heads.start
+                    yield Part(batch, some, part, (head * self._tokens + part.start - tokens.start) * vector_bytes)
 
     def _block(self, slot: Slot, group: Group, tokens: Range) -> Any:
         """The slot's memory as a block, tokens outside heads where the source has them so."""
         batch, heads = len(group.batch), len(group.heads)
-        dim = self._source.shape[3]
-        flat = slot.memory[: batch * heads * len(tokens) * dim]
+        flat = slot.memory[: batch * heads * self._tokens * self._source.shape[3]]
         if self._source.token_major:
-            return flat.reshape(batch, len(tokens), heads, dim).swapaxes(1, 2)
-        return flat.reshape(batch, heads, len(tokens), dim)
+            whole = flat.reshape(batch, self._tokens, heads, self._source.shape[3]).swapaxes(1, 2)
+        else:
+            whole = flat.reshape(batch, heads, self._tokens, self._source.shape[3])
+        return whole[:, :, : len(tokens)]
+
+
+def page_locked(source: TokenSource) -> np.ndarray | None:
+    """The array (batch, heads, tokens, dim) of ``source`` if the device can read its memory by itself."""
+    if not isinstance(source, HostSource) or not source.vectors_together:
+        return None
+    array = source.array
+    if min(array.strides) < 0 or (array.shape[2] > 1 and array.strides[2] < array.shape[3] * array.itemsize):
+        return None  # the device takes rows that follow each other without overlapping
+    ends = (
+        array.ctypes.data,
+        array.ctypes.data + sum((n - 1) * s for n, s in zip(array.shape, array.strides, strict=True)),
+    )
+    locked = all(runtime.pointerGetAttributes(end).type == runtime.memoryTypeHost for end in ends)
+    return array if locked else None

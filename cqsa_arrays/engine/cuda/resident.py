@@ -2,118 +2,163 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import cupy
-from cupy.cuda.driver import CUDADriverError
 from cupy.cuda.runtime import CUDARuntimeError
+from cupy_backends.cuda.api.driver import CUDADriverError
 
 from ...cover import Step
 from ...errors import DeviceError
+from ...kernels.base import KeyBlock
 from ...kernels.cuda.kernel import CudaKernel
-from ...planner import Group, Plan
-from ...planner.memory import PINNED_PIECE_BYTES, PINNED_PIECES, READER_THREADS, output_slot
+from ...planner import Group, Plan, Problem
+from ...planner.memory import DISK, HOST, PINNED_PIECES, READER_THREADS, output_slot
 from ...ranges import Range
-from ...storage import ArraySink, DeviceSource
+from ...storage import ArraySink
 from ...storage.dtypes import SUPPORTED
 from ...workers import Workers
-from ..resident import Inputs, Resident
+from ..resident import Inputs, Operands
 from ..results import OutputResults, Results, StatisticsResults
-from ..states import open_states
+from ..states import FileStates
 from .lanes import Lanes
-from .memory import Arena, PinnedPieces
+from .memory import Arena, PinnedPieces, pinned
 from .pages import DevicePages, Link
-from .results import DeviceArrayOutput, DeviceOutput, DeviceStatistics
+from .results import DeviceArrayOutput, DeviceOutput, DeviceResults, DeviceStatistics, Finished
+from .states import DeviceStates, NoStates, PinnedStates, StatesOnDisk, WaitingPlace
+
+LANES = 2
+# Files are read ahead into the page cache: a group of heads needs most of its blocks in the first part of its time.
+READ_AHEAD_BYTES = 1 << 30
 
 
-@dataclass(frozen=True, slots=True)
-class DeviceResident(Resident):
-    """Blocks, states and kernel on a GPU; every call only puts work on its streams."""
+@dataclass(slots=True)
+class DeviceResident:
+    """As ``Resident``, on a GPU: every call only puts work on its streams."""
 
     kernel: CudaKernel
-    queries: DevicePages
-    keys: DevicePages
-    values: DevicePages
+    operands: Operands[DevicePages]
+    states: DeviceStates | NoStates
+    results: DeviceResults
     lanes: Lanes
+    link: Link
+    problem: Problem
+    read_ahead_bytes: int | None
+    group: Group | None = None  # the one that is computed
 
     def begin(self, group: Group) -> None:
-        Resident.begin(self, group)
-        self.lanes.fork()
+        """Turn to another group of heads; rows of the last one may still be on their way out."""
+        self.operands.begin(group)
+        self.states.begin(group)
+        self.group = group
 
-    @contextmanager
-    def lane(self, step: Step) -> Iterator[None]:
-        stream = self.lanes.take(step.queries)
-        pages = (self.queries, self.keys, self.values)
-        for each in pages:
-            each.await_loaded(stream)
-        with stream:
-            yield
-        for each in pages:
-            each.release(stream)
-        self.lanes.launched(step.queries, stream)
+    def attend(self, step: Step, queries: Any, blocks: list[KeyBlock], done: Callable[[Range], None]) -> None:
+        """Put a launch with the blocks of ``step``, which were loaded last, on the lane of its rows."""
+        assert self.group is not None, "begin() comes first"
+        self.link.transfer()
+        lane = self.lanes.of(self.group, step.queries)
+        for pages in self.operands:
+            pages.await_loaded(lane)
+        state = self.states.load(step.queries, lane)
+        finish = self.results.whole(self.group, step.queries) if state.statistics is None else None
+        with lane:
+            self.kernel.accumulate(
+                queries, step.queries.start, blocks, state.statistics, diagonal=self.problem.mask.diagonal,
+                scale=self.problem.scale, done=done, fresh=state.fresh, finish=finish,
+            )  # fmt: skip
+        self.states.store(step.queries, lane)
+        for pages in self.operands:
+            pages.release(lane)
 
     def take(self, group: Group, rows: Range, *, in_place: bool) -> None:
-        self.lanes.join()
-        Resident.take(self, group, rows, in_place=in_place)
+        """Hand out ``rows``, which are finished once their lane has come so far."""
+        lane = self.lanes.leave(group, rows)
+        state, release = self.states.finish(rows, lane)
+        self.results.take(Finished(group, rows, state, lane, release))
 
     def preload(self, group: Group, step: Step) -> None:
-        """Nothing of the step that is computed gives way: its blocks were used last."""
-        self.queries.preload(group, step.queries)
+        """Bring what the next step needs; nothing of the one that is computed gives way, for it was used last."""
+        if group == self.group:
+            self.states.preload(step.queries)
+        self.operands.queries.preload(group, step.queries)
         for tokens in step.keys:
-            self.keys.preload(group, tokens)
-            self.values.preload(group, tokens)
+            self.operands.keys.preload(group, tokens)
+            self.operands.values.preload(group, tokens)
+        self.link.transfer()
 
     def drain(self) -> None:
-        self.lanes.join()
+        """Wait for everything."""
         self.kernel.drain()
         self.results.drain()
-        cupy.cuda.get_current_stream().synchronize()
+        self.lanes.synchronize()
 
 
 def allocate_on_device(plan: Plan, inputs: Inputs, results: Results, stack: ExitStack) -> DeviceResident:
     """Exactly the terms of the plan's two memory tables; ``stack`` gives them back."""
     stack.enter_context(_translated_errors(plan.device))
     device = stack.enter_context(cupy.cuda.Device(int(plan.device.removeprefix("cuda:"))))
-    before = cupy.cuda.get_current_stream()
-    compute = stack.enter_context(cupy.cuda.Stream(non_blocking=True))
-    compute.wait_event(before.record())  # arrays of the caller's may still be computed there
-    arena = stack.enter_context(closing(Arena(plan.memory_bytes)))
-    streamed = not all(isinstance(source, DeviceSource) for source in (inputs.q, inputs.k, inputs.v))
-    pieces = PinnedPieces(PINNED_PIECES, PINNED_PIECE_BYTES) if streamed else None
-    readers = stack.enter_context(closing(Workers(READER_THREADS, "reader")))
-    # Whatever fails, nothing is given back while a copy or kernel still uses it.
-    stack.callback(device.synchronize)
-    link = Link(device, arena, pieces, readers, cupy.cuda.Stream(non_blocking=True), compute)
     problem, size = plan.problem, plan.chosen.residency
     kernel = CudaKernel(problem.q.dtype, head_dim=problem.head_dim, value_dim=problem.value_dim, scale=problem.scale)
     stack.enter_context(closing(kernel))
+    lanes = _lanes(plan)
+    arena = stack.enter_context(closing(Arena(plan.memory_bytes)))
+    pieces = stack.enter_context(closing(PinnedPieces(PINNED_PIECES)))
+    readers = stack.enter_context(closing(Workers(READER_THREADS, "reader")))
+    # Whatever fails, nothing is given back while a copy or kernel still uses it.
+    stack.callback(device.synchronize)
+    link = Link(device, arena, pieces, readers, cupy.cuda.Stream(non_blocking=True))
     key_size = {"slots": size.key_slots, "tokens": size.key_chunk, "heads": size.heads}
     query_size = {"slots": size.query_slots, "tokens": size.query_chunk, "heads": size.heads}
     keys, values = (DevicePages(source, link, **key_size) for source in (inputs.k, inputs.v))
-    queries = DevicePages(inputs.q, link, **query_size)
-    states = stack.enter_context(closing(open_states(plan, None, arena.take)))
-    outgoing = stack.enter_context(closing(_outgoing(plan, results, kernel, link)))
-    # Launches of CQS Divide on different query chunks are independent; those of a query tile follow each other.
-    lanes = Lanes(compute, 2 if plan.cover_name == "cqs" and plan.chosen.query_parts > 1 else 1)
-    return DeviceResident(kernel, queries, keys, values, states, outgoing, lanes)
+    operands = Operands(DevicePages(inputs.q, link, **query_size), keys, values)
+    outgoing = stack.enter_context(closing(_outgoing(plan, results, kernel, arena)))
+    states = stack.enter_context(closing(_states(plan, outgoing.home, arena, stack)))
+    ahead = READ_AHEAD_BYTES if problem.on_disk_bytes else None
+    return DeviceResident(kernel, operands, states, outgoing, lanes, link, problem, ahead)
 
 
-def _outgoing(
-    plan: Plan, results: Results, kernel: CudaKernel, link: Link
-) -> DeviceOutput | DeviceArrayOutput | DeviceStatistics:
-    problem = plan.problem
+def _lanes(plan: Plan) -> Lanes:
+    """Streams that begin after what is on the caller's: arrays may still be computed there."""
+    ranges = plan.chosen.query_parts * len(plan.groups)
+    before = cupy.cuda.get_current_stream().record()
+    lanes = Lanes(tuple(cupy.cuda.Stream(non_blocking=True) for _ in range(min(LANES, ranges))))
+    for stream in lanes.streams:
+        stream.wait_event(before)
+    return lanes
+
+
+def _states(plan: Plan, home: Any | None, arena: Arena, stack: ExitStack) -> DeviceStates | NoStates:
+    if plan.no_states:
+        return NoStates()
+    chosen, problem = plan.chosen, plan.problem
+    size, dtype = chosen.residency, problem.compute_dtype
+    elements = size.heads * size.query_chunk * size.state_row_bytes // problem.compute_itemsize
+    waiting: WaitingPlace | None = None
+    if chosen.states == HOST:
+        waiting = PinnedStates()
+    elif chosen.states == DISK:
+        passing = pinned(elements * problem.compute_itemsize)
+        cut = plan.build_cover().queries
+        take = lambda count, kind: passing.view(kind)[:count]  # noqa: E731
+        file = FileStates(cut, size.heads, problem.value_dim, dtype, plan.budget.scratch, take)
+        waiting = StatesOnDisk(stack.enter_context(closing(file)), passing)
+    slots = [arena.take(elements, dtype) for _ in range(size.state_slots)]
+    return DeviceStates(slots, problem.value_dim, home=home, waiting=waiting)
+
+
+def _outgoing(plan: Plan, results: Results, kernel: CudaKernel, arena: Arena) -> DeviceResults:
+    problem, holds_states = plan.problem, plan.states_in_result
     if isinstance(results, StatisticsResults):
-        return DeviceStatistics(results, link.compute)
+        return DeviceStatistics(results.statistics, holds_states=holds_states)
     assert isinstance(results, OutputResults)
     if problem.result.on_device:
         assert isinstance(results.sink, ArraySink)
-        return DeviceArrayOutput(results.sink.out, kernel)
+        return DeviceArrayOutput(results.sink.out, kernel, holds_states=holds_states)
     slot = output_slot(problem, plan.chosen.residency)
-    return DeviceOutput(
-        results.sink, kernel, link, slot, value_dim=problem.value_dim, dtype=SUPPORTED[problem.result.dtype]
-    )
+    return DeviceOutput(results.sink, kernel, arena, slot, SUPPORTED[problem.result.dtype])
 
 
 @contextmanager

@@ -2,143 +2,227 @@
 
 from __future__ import annotations
 
-from collections import deque
-from concurrent.futures import Future, ThreadPoolExecutor
+import queue
+import threading
+from collections.abc import Callable
+from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import cupy
 import numpy as np
-from cupy.cuda import runtime
+from cupy.cuda import Event, Stream, runtime
 
 from ...block_statistics import BlockStatistics
+from ...kernels.cuda.call import Finish
 from ...kernels.cuda.kernel import CudaKernel
 from ...planner import Group
 from ...planner.memory import OUTPUT_SLOTS, OutputSlot
-from ...ranges import Range
+from ...ranges import Cut, Range
 from ...storage import Sink
-from ..results import StatisticsResults
-from .memory import pinned
-from .pages import Link
+from .memory import Arena, pinned_piece, spare
+from .states import DeviceState
 
 
-@dataclass(slots=True)
-class Way:
-    """One way out: memory on the device, page-locked memory of the same size, the event of the copy between them."""
+@dataclass(frozen=True, slots=True)
+class Finished:
+    """Rows whose last launch is on ``lane``; ``release`` gives their state's memory back, after an event if any."""
 
-    device: Any
-    host: np.ndarray
-    copied: cupy.cuda.Event
+    group: Group
+    rows: Range
+    state: DeviceState
+    lane: Stream
+    release: Callable[[Event | None], None]
 
 
-class DeviceOutput:
-    """Writes output and log-sum-exp to a sink on the host, in pieces of ``slot.rows`` rows; several are under way."""
+class DeviceResults(Protocol):
+    """Takes every row of every head once, when its last launch is on a stream."""
 
-    def __init__(
-        self, sink: Sink, kernel: CudaKernel, link: Link, slot: OutputSlot, *, value_dim: int, dtype: np.dtype
-    ) -> None:
-        self._sink, self._kernel, self._link, self._piece_rows = sink, kernel, link, slot.rows
-        self._dim, self._dtype = value_dim, dtype
-        self._out = cupy.cuda.Stream(non_blocking=True)
-        self._writer = ThreadPoolExecutor(1, thread_name_prefix="cqsa-output")
-        memory = link.arena.take((OUTPUT_SLOTS, slot.size_bytes), np.uint8)
-        self._free = [Way(part, pinned(slot.size_bytes), cupy.cuda.Event(disable_timing=True)) for part in memory]
-        self._under_way: deque[tuple[Way, Future[None]]] = deque()
-        self.home: np.ndarray | None = None
+    home: Any | None
 
-    def take(self, group: Group, rows: Range, state: BlockStatistics, *, in_place: bool) -> None:
-        for b, batch in enumerate(group.batch.split(1)):
-            for piece in Range(0, len(rows)).split(self._piece_rows):
-                part = (slice(b, b + 1), slice(None), piece.slice)
-                tokens = Range(rows.start + piece.start, rows.start + piece.stop)
-                self._send(batch, group.heads, tokens, BlockStatistics(state.acc[part], state.m[part], state.l[part]))
+    def whole(self, group: Group, rows: Range) -> Finish | None:
+        """Where the launch that computes all of ``rows`` may write them finished, if it may."""
+
+    def take(self, finished: Finished) -> None:
+        """Hand the rows out and release their state."""
 
     def drain(self) -> None:
         """Wait until everything is written; an error of the writing is raised."""
-        while self._under_way:
-            self._oldest_back()
+
+    def close(self) -> None:
+        """Stop writing."""
+
+
+@dataclass(frozen=True, slots=True)
+class Way:
+    """One way out: memory on the device, page-locked memory of the same size, the stream that finishes and copies."""
+
+    device: Any
+    host: np.ndarray
+    stream: Stream
+
+
+class DeviceOutput:
+    """Writes output and log-sum-exp to a sink on the host, in pieces of ``slot.rows`` rows, several at a time."""
+
+    home = None
+
+    def __init__(self, sink: Sink, kernel: CudaKernel, arena: Arena, slot: OutputSlot, dtype: np.dtype) -> None:
+        self._sink, self._kernel, self._piece_rows, self._dtype = sink, kernel, slot.rows, dtype
+        self._device = cupy.cuda.Device()
+        self._ways: queue.SimpleQueue[Way] = queue.SimpleQueue()
+        for memory in arena.take((OUTPUT_SLOTS, slot.size_bytes), np.uint8):
+            # Before other launches: rows that wait for those keep a state's memory from what comes next.
+            stream = Stream(non_blocking=True, priority=-1)
+            self._ways.put(Way(memory, pinned_piece(slot.size_bytes), stream))
+        self._writers = ThreadPoolExecutor(OUTPUT_SLOTS, thread_name_prefix="cqsa-output")
+        self._under_way: list[Future[None]] = []
+
+    def whole(self, group: Group, rows: Range) -> Finish | None:
+        return None
+
+    def take(self, finished: Finished) -> None:
+        self._raise_errors()
+        ready, state = finished.lane.record(), finished.state.statistics
+        assert state is not None, "rows leave through a state"
+        parts = len(Range(0, len(finished.rows)).split(self._piece_rows))
+        cut = Cut(len(finished.rows), min(-(-parts // OUTPUT_SLOTS) * OUTPUT_SLOTS, len(finished.rows)), 1)
+        batches = list(enumerate(finished.group.batch.split(1)))
+        pieces = [(b, batch, piece) for b, batch in batches for piece in map(cut.__getitem__, range(len(cut)))]
+        left = _Countdown(len(pieces), lambda: finished.release(None))
+        for b, batch, piece in pieces:
+            part = (slice(b, b + 1), slice(None), piece.slice)
+            tokens = Range(finished.rows.start + piece.start, finished.rows.start + piece.stop)
+            statistics = BlockStatistics(state.acc[part], state.m[part], state.l[part])
+            where = (batch, finished.group.heads, tokens)
+            piece_state = DeviceState(statistics, finished.state.fresh)
+            self._under_way.append(self._writers.submit(self._send, ready, piece_state, where, left))
+
+    def _send(self, ready: Event, state: DeviceState, where: tuple[Range, Range, Range], left: _Countdown) -> None:
+        """One piece, all of its way; runs in a thread of its own, which waits for the device without holding others."""
+        way = self._ways.get()
+        try:
+            with self._device, way.stream:
+                assert state.statistics is not None
+                way.stream.wait_event(ready)
+                out, lse, size_bytes = self._cut(way.device, state.statistics)
+                self._kernel.finish(state.statistics, Finish(out, lse), fresh=state.fresh)
+                to_host = runtime.memcpyDeviceToHost
+                runtime.memcpyAsync(way.host.ctypes.data, way.device.data.ptr, size_bytes, to_host, way.stream.ptr)
+                way.stream.synchronize()
+            out, lse, _ = self._cut(way.host, state.statistics)
+            self._sink.write_out(*where, out)
+            self._sink.write_lse(*where, lse)
+        finally:
+            self._ways.put(way)
+            left.one_done()
+
+    def _cut(self, memory: Any, state: BlockStatistics) -> tuple[Any, Any, int]:
+        """Output, then log-sum-exp on an 8-byte border, of the rows of ``state`` in ``memory``; the bytes of both."""
+        shape, dim = state.acc.shape[:3], state.acc.shape[3]
+        count = int(np.prod(shape))
+        out_bytes = count * dim * self._dtype.itemsize
+        begin = -(-out_bytes // 8) * 8
+        end = begin + count * state.m.itemsize
+        lse = memory[begin:end].view(state.m.dtype).reshape(shape)
+        return memory[:out_bytes].view(self._dtype).reshape(*shape, dim), lse, end
+
+    def _raise_errors(self) -> None:
+        """Drop what is written; an error of the writing is raised."""
+        done = [future for future in self._under_way if future.done()]
+        self._under_way = [future for future in self._under_way if not future.done()]
+        for future in done:
+            future.result()
+
+    def drain(self) -> None:
+        wait(self._under_way, return_when=FIRST_EXCEPTION)
+        self._raise_errors()
 
     def close(self) -> None:
         """Stop writing; what is under way is finished, for it reads memory that is given back next."""
-        self._writer.shutdown()
+        self._writers.shutdown(cancel_futures=True)
+        while not self._ways.empty():
+            spare(self._ways.get().host)
 
-    @property
-    def _state_itemsize(self) -> int:
-        return 8 if self._kernel.variant.element == "float64" else 4
 
-    def _send(self, batch: Range, heads: Range, tokens: Range, state: BlockStatistics) -> None:
-        if not self._free:
-            self._oldest_back()
-        way = self._free.pop()
-        shape = (1, len(heads), len(tokens))
-        out, lse, size_bytes = self._cut(way.device, shape)
-        self._kernel.finish(state, out, lse)
-        self._out.wait_event(self._link.compute.record())
-        to_host = runtime.memcpyDeviceToHost
-        runtime.memcpyAsync(way.host.ctypes.data, way.device.data.ptr, size_bytes, to_host, self._out.ptr)
-        way.copied.record(self._out)
-        host_out, host_lse, _ = self._cut(way.host, shape)
+class _Countdown:
+    """Calls ``then`` when ``one_done`` was called ``count`` times."""
 
-        def write() -> None:
-            with self._link.device:
-                way.copied.synchronize()
-            self._sink.write_out(batch, heads, tokens, host_out)
-            self._sink.write_lse(batch, heads, tokens, host_lse)
+    def __init__(self, count: int, then: Callable[[], None]) -> None:
+        self._left, self._then, self._lock = count, then, threading.Lock()
 
-        self._under_way.append((way, self._writer.submit(write)))
-
-    def _cut(self, memory: Any, shape: tuple[int, int, int]) -> tuple[Any, Any, int]:
-        """Output, then log-sum-exp on an 8-byte border, of rows of ``shape`` in ``memory``; the bytes of both."""
-        count = int(np.prod(shape))
-        out_bytes = count * self._dim * self._dtype.itemsize
-        begin = -(-out_bytes // 8) * 8
-        end = begin + count * self._state_itemsize
-        lse = memory[begin:end].view(f"f{self._state_itemsize}").reshape(shape)
-        return memory[:out_bytes].view(self._dtype).reshape(*shape, self._dim), lse, end
-
-    def _oldest_back(self) -> None:
-        way, written = self._under_way.popleft()
-        try:
-            written.result()
-        finally:
-            self._free.append(way)
+    def one_done(self) -> None:
+        with self._lock:
+            self._left -= 1
+            last = self._left == 0
+        if last:
+            self._then()
 
 
 class DeviceArrayOutput:
-    """Divides into a CuPy array of the caller's, ``out`` (B, H, Nq, Dv)."""
+    """Finishes rows in a CuPy array, ``out`` (B, H, Nq, Dv); ``holds_states``: their ``acc`` lies there already."""
 
-    home: np.ndarray | None = None
-
-    def __init__(self, out: Any, kernel: CudaKernel) -> None:
+    def __init__(self, out: Any, kernel: CudaKernel, *, holds_states: bool) -> None:
         self._out, self._kernel = out, kernel
+        self.home = out if holds_states else None
 
-    def take(self, group: Group, rows: Range, state: BlockStatistics, *, in_place: bool) -> None:
-        self._kernel.finish(state, self._out[group.batch.slice, group.heads.slice, rows.slice], None)
+    def whole(self, group: Group, rows: Range) -> Finish | None:
+        return Finish(self._of(group, rows), None)
+
+    def take(self, finished: Finished) -> None:
+        state, out = finished.state, self._of(finished.group, finished.rows)
+        with finished.lane:
+            if state.statistics is not None:
+                self._kernel.finish(state.statistics, Finish(out, None), fresh=state.fresh)
+            elif state.fresh:  # no launch has written them
+                out[...] = 0
+        finished.release(finished.lane.record())
+
+    def _of(self, group: Group, rows: Range) -> Any:
+        return self._out[group.batch.slice, group.heads.slice, rows.slice]
 
     def drain(self) -> None:
-        """Nothing to do: the kernels are on the stream."""
+        """Nothing to do: the kernels are on their streams."""
 
     def close(self) -> None:
         """Nothing to release."""
 
 
 class DeviceStatistics:
-    """Copies states to ``results.statistics``, on the host or the device."""
+    """Copies states to ``kept``, on the host or the device; ``holds_states``: their ``acc`` lies there already."""
 
-    home: np.ndarray | None = None
+    def __init__(self, kept: BlockStatistics, *, holds_states: bool) -> None:
+        self._kept = kept
+        self.home = kept.acc if holds_states else None
 
-    def __init__(self, results: StatisticsResults, compute: cupy.cuda.Stream) -> None:
-        self._statistics, self._compute = results.statistics, compute
+    def whole(self, group: Group, rows: Range) -> Finish | None:
+        return None
 
-    def take(self, group: Group, rows: Range, state: BlockStatistics, *, in_place: bool) -> None:
-        part = (group.batch.slice, group.heads.slice, rows.slice)
-        kept = self._statistics
-        for to, source in ((kept.acc, state.acc), (kept.m, state.m), (kept.l, state.l)):
-            to[part] = source if isinstance(to, cupy.ndarray) else cupy.asnumpy(source, stream=self._compute)
-        kept.acc[part][kept.saw_no_key[part]] = 0
+    def take(self, finished: Finished) -> None:
+        part = (finished.group.batch.slice, finished.group.heads.slice, finished.rows.slice)
+        kept, state = self._kept, finished.state.statistics
+        assert state is not None, "statistics are what is asked for"
+        with finished.lane:
+            if finished.state.fresh:
+                kept.acc[part], kept.m[part], kept.l[part] = 0, -np.inf, 0
+            else:
+                _copy(state.m, kept.m[part])
+                _copy(state.l, kept.l[part])
+                if self.home is None:
+                    _copy(state.acc, kept.acc[part])
+        finished.release(finished.lane.record())
 
     def drain(self) -> None:
-        """Nothing to do: the copies are on the stream, or made."""
+        """Nothing to do: the copies are on their streams, or made."""
 
     def close(self) -> None:
         """Nothing to release."""
+
+
+def _copy(source: Any, to: Any) -> None:
+    """Copy ``source`` (batch, heads, ...), on the device, to an array there or on the host, head by head."""
+    if isinstance(to, cupy.ndarray):
+        to[...] = source
+        return
+    for b, h in np.ndindex(source.shape[:2]):
+        source[b, h].get(out=to[b, h])

@@ -68,6 +68,8 @@ def pack_call(
     arrays: dict[str, Any] = {}
     if queries is not None:
         entry["queries"], entry["head_dim"], arrays["query"] = queries.data.ptr, queries.shape[3], queries
+    if len({(block.keys.strides, block.values.strides) for block in blocks}) > 1:
+        raise ValueError("key blocks of one launch have equal strides")
     for piece, block in zip(entry["pieces"], blocks, strict=False):
         piece["keys"], piece["values"] = block.keys.data.ptr, block.values.data.ptr
         piece["start"], piece["tokens"] = block.start, block.keys.shape[2]

@@ -11,6 +11,7 @@ import threading
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import cupy
@@ -22,19 +23,23 @@ from ...ranges import Range
 from ..base import KeyBlock
 from .call import MAX_PIECES, PIECE_TOKENS, Finish, RowMask, pack_call
 from .source import flattened
-from .variants import Variant, choose_variant, simple_variant
+from .variants import Variant, variant_for
 
 logger = logging.getLogger("cqsa_arrays")
 _PATIENCE_S = 0.7
 # Launches that may be under way: enough to keep the device busy, few enough that an interruption is soon heard.
 _LAUNCHES_AHEAD = 4
-# Keys accumulated from zero before one merge into the state. The error of a float32 sum grows with the root of its
-# length, that of the merges with the root of their number; 16-bit elements do not show either.
-SPAN_KEYS = {"float16": 32768, "bfloat16": 32768, "float32": 1024, "float64": 32768}
+# More than all keys of a launch, where those are accumulated without a state.
+_ALL_KEYS = 1 << 29
 
 
-def load(variant: Variant) -> Any:
-    """The compiled kernel, on the current device; CuPy keeps it on disk by source, options and device."""
+@lru_cache(maxsize=64)
+def load(variant: Variant, device_index: int) -> Any:
+    """The compiled kernel on the current device, which has that number.
+
+    CuPy keeps what was compiled on disk, by source, options and device; what is loaded stays loaded: to read the
+    sources and load the code takes longer than a small problem.
+    """
     text = "compiling %s for %s (once; later runs load it from disk)"
     note = threading.Timer(_PATIENCE_S, logger.info, [text, variant.source, variant.element])
     note.daemon = True
@@ -62,14 +67,10 @@ class CudaKernel:
     """``Kernel`` on CuPy arrays of one element type; states are float32, or float64 for float64 elements."""
 
     def __init__(self, dtype: str, *, head_dim: int, value_dim: int, scale: float) -> None:
-        capability = cupy.cuda.Device().compute_capability
-        version = int(capability[:-1]), int(capability[-1])
-        if scale > 0:
-            self.variant = choose_variant(dtype, head_dim, value_dim, version, split=True)
-        else:
-            self.variant = simple_variant(dtype)
-        self._function = load(self.variant)
-        self._span_keys = SPAN_KEYS[dtype]
+        device = cupy.cuda.Device()
+        capability = int(device.compute_capability[:-1]), int(device.compute_capability[-1])
+        self.variant = variant_for(dtype, head_dim, value_dim, capability, scale)
+        self._function = load(self.variant, device.id)
         self._launches: deque[_Launch] = deque()
 
     def accumulate(
@@ -77,47 +78,45 @@ class CudaKernel:
         queries: Any,
         query_start: int,
         blocks: Sequence[KeyBlock],
-        state: BlockStatistics,
+        state: BlockStatistics | None,
         *,
         diagonal: int,
         scale: float,
         done: Callable[[Range], None],
+        fresh: bool = False,
+        finish: Finish | None = None,
     ) -> None:
-        """See ``Kernel.accumulate``; returns when the work is on the stream, a few launches ahead of the device."""
-        mask = RowMask(-UNBOUNDED_DIAGONAL, diagonal)
+        """See ``Kernel.accumulate``; returns when the work is on the stream, a few launches ahead of the device.
+
+        ``fresh``: the state holds nothing yet. ``finish``: these are all keys of the rows, which are written there;
+        where there is no state, they are accumulated in one span.
+        """
         pieces = [piece for block in blocks for piece in _pieces(block)]
+        spans = _ALL_KEYS if state is None else self.variant.span_keys
         for first in range(0, len(pieces), MAX_PIECES):
-            part = pieces[first : first + MAX_PIECES]
+            last = first + MAX_PIECES >= len(pieces)
             self._launch(
                 pack_call(
-                    queries,
-                    query_start,
-                    part,
-                    state,
-                    None,
-                    mask=mask,
-                    scale=scale,
-                    span_keys=self._span_keys,
-                    fresh=False,
+                    queries, query_start, pieces[first : first + MAX_PIECES], state, finish if last else None,
+                    mask=RowMask(-UNBOUNDED_DIAGONAL, diagonal), scale=scale, span_keys=spans,
+                    fresh=fresh and first == 0,
                 )
-            )
+            )  # fmt: skip
         rows = Range(query_start, query_start + queries.shape[2])
         finished = cupy.cuda.Event(disable_timing=True)
         finished.record()
         self._launches.append(_Launch(finished, done, rows, queries.shape[0] * queries.shape[1]))
         self._tell(_LAUNCHES_AHEAD)
 
-    def finish(self, state: BlockStatistics, out: Any, lse: Any | None) -> None:
-        """Write ``acc / l``, (batch, heads, rows, Dv), to ``out`` and the log-sum-exp, (batch, heads, rows) to ``lse``.
+    def finish(self, state: BlockStatistics, to: Finish, *, fresh: bool) -> None:
+        """Write ``acc / l`` and the log-sum-exp of ``state``; ``fresh``: it holds nothing. By any thread.
 
         A launch without keys: what remains of a kernel is its end.
         """
-        mask = RowMask(0, 0)
+        spans = self.variant.span_keys
         self._launch(
-            pack_call(
-                None, 0, (), state, Finish(out, lse), mask=mask, scale=1.0, span_keys=self._span_keys, fresh=False
-            )
-        )
+            pack_call(None, 0, (), state, to, mask=RowMask(0, 0), scale=1.0, span_keys=spans, fresh=fresh)
+        )  # fmt: skip
 
     def drain(self) -> None:
         """Wait for everything that was launched."""

@@ -19,8 +19,23 @@ OLDEST = (8, 0)
 # What one block may take, by compute capability; 99 KiB are there on every other one as well.
 _SHARED_KIB = {(8, 0): 163, (8, 7): 163, (9, 0): 227, (10, 0): 227, (10, 3): 227, (11, 0): 227}
 _LEAST_SHARED_KIB = 99
+# By source, where the element type alone does not decide; see ``Variant.span_keys``.
+SPAN_KEYS = {"split.cu": 4096}
+# Keys that one launch accumulates without a state, all of them in one span, where the elements are so coarse that the
+# sum's rounding (2e-6 at this length) does not show.
+WHOLE_KEYS = {"float16": 1 << 20, "bfloat16": 1 << 20}
 # What kernels keep in static shared memory beside that, for each warp at most.
 _STATIC_BYTES = 80
+
+
+_METHODS = {
+    "half.cu": "products on tensor cores",
+    "split.cu": "products on tensor cores by pairs of float16",
+    "split_wide.cu": "products on tensor cores by pairs of TF32",
+    "single.cu": "plain arithmetic",
+    "double.cu": "products on tensor cores where they have float64",
+    SIMPLE: "the plain version",
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,6 +51,20 @@ class Variant:
     warps: int
     shared_bytes: int
     blocks: int = 0
+
+    def __str__(self) -> str:
+        """For plans."""
+        method = _METHODS[self.source]
+        return f"{self.source}, {method}, {self.block_rows} rows x {self.block_keys} keys at once"
+
+    @property
+    def span_keys(self) -> int:
+        """Keys accumulated from zero before one merge into the state.
+
+        The error of a float32 sum grows with the root of its length, that of the merges with the root of their number;
+        pairs of parts have sums of one tile, and 16-bit elements do not show either.
+        """
+        return SPAN_KEYS.get(self.source, 1024 if self.element == "float32" else 32768)
 
     @property
     def threads(self) -> int:
@@ -163,6 +192,13 @@ FAMILIES = {
         },
     ),
 }
+
+
+def variant_for(dtype: str, head_dim: int, value_dim: int, capability: tuple[int, int], scale: float) -> Variant:
+    """The kernel that computes a problem; scores that are not scaled by a positive number are left to the plain one."""
+    if scale > 0:
+        return choose_variant(dtype, head_dim, value_dim, capability, split=True)
+    return simple_variant(dtype)
 
 
 def choose_variant(dtype: str, head_dim: int, value_dim: int, capability: tuple[int, int], *, split: bool) -> Variant:
