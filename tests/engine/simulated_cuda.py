@@ -1,0 +1,394 @@
+"""A simulated GPU behind the names of CuPy that the engine uses, to run the engine where there is none.
+
+Work on streams is carried out late and in any order that streams and events allow, drawn by a seed: what the engine
+forgets to order comes out wrong in some run, as on a real device. Some streams are starved, which is worse than chance.
+The kernel is the formula in float64.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import random
+import sys
+import threading
+import types
+from collections import deque
+from collections.abc import Callable
+from contextlib import contextmanager
+from importlib.machinery import ModuleSpec
+from types import SimpleNamespace
+
+import ml_dtypes
+import numpy as np
+
+from cqsa_arrays.kernels.cuda.call import CALL, ELEMENT_KINDS
+
+KINDS = {number: np.dtype(getattr(ml_dtypes, name, name)) for name, number in ELEMENT_KINDS.items()}
+TOTAL_BYTES = 1 << 30
+
+
+class CudaError(RuntimeError):
+    status = 719
+
+
+class Simulator:
+    """All streams of the device. ``run_until`` carries out work, one piece after the other, in a random order."""
+
+    def __init__(self, seed: int) -> None:
+        self.random, self.lock = random.Random(seed), threading.RLock()
+        self.streams: list[Stream] = []
+        self.current = threading.local()
+        self.used_bytes = self.peak_bytes = 0
+        self.locked: list[tuple[int, int]] = []
+        self.fail_at: int | None = None
+        self.launches = self.copies_2d = 0
+
+    def run_until(self, done: Callable[[], bool]) -> None:
+        with self.lock:
+            while not done():
+                ready = [stream for stream in self.streams if stream.ready()]
+                assert ready, "every stream waits: a deadlock"
+                self.pick(ready).step()
+
+    def now_and_then(self) -> None:
+        """The device works beside the host, too."""
+        with self.lock:
+            for _ in range(self.random.randrange(3)):
+                ready = [stream for stream in self.streams if stream.ready()]
+                if ready:
+                    self.pick(ready).step()
+
+    def pick(self, ready: list[Stream]) -> Stream:
+        """Mostly the stream of the highest rank, so that those of low ranks are starved."""
+        return max(ready, key=lambda stream: stream.rank) if self.random.random() < 0.7 else self.random.choice(ready)
+
+    def take(self, size_bytes: int) -> None:
+        if self.used_bytes + size_bytes > TOTAL_BYTES:
+            error = CudaError("out of memory")
+            error.status = 2
+            raise error
+        self.used_bytes += size_bytes
+        self.peak_bytes = max(self.peak_bytes, self.used_bytes)
+
+
+SIMULATOR = Simulator(0)
+
+
+class Event:
+    def __init__(self, disable_timing: bool = False) -> None:
+        self.recorded = self.reached = 0
+
+    def record(self, stream: Stream | None = None) -> None:
+        with SIMULATOR.lock:
+            self.recorded += 1
+            number = self.recorded
+            (stream or get_current_stream()).put(lambda: self._reach(number))
+
+    def _reach(self, number: int) -> None:
+        self.reached = max(self.reached, number)
+
+    @property
+    def done(self) -> bool:
+        SIMULATOR.now_and_then()
+        return self.reached >= self.recorded
+
+    def synchronize(self) -> None:
+        number = self.recorded
+        SIMULATOR.run_until(lambda: self.reached >= number)
+
+
+class Stream:
+    def __init__(self, non_blocking: bool = False, priority: int = 0) -> None:
+        self._work: deque[tuple[Callable[[], bool], Callable[[], None]]] = deque()
+        with SIMULATOR.lock:
+            SIMULATOR.streams.append(self)
+            self.rank = SIMULATOR.random.random()
+            self.ptr = len(SIMULATOR.streams)
+
+    def put(self, work: Callable[[], None], may_run: Callable[[], bool] = lambda: True) -> None:
+        with SIMULATOR.lock:
+            self._work.append((may_run, work))
+        SIMULATOR.now_and_then()
+
+    def ready(self) -> bool:
+        return bool(self._work) and self._work[0][0]()
+
+    def step(self) -> None:
+        self._work.popleft()[1]()
+
+    def record(self) -> Event:
+        event = Event()
+        event.record(self)
+        return event
+
+    def wait_event(self, event: Event) -> None:
+        number = event.recorded
+        self.put(lambda: None, lambda: event.reached >= number)
+
+    def synchronize(self) -> None:
+        mark = self.record()
+        mark.synchronize()
+
+    def __enter__(self) -> Stream:
+        stack = SIMULATOR.current.__dict__.setdefault("stack", [])
+        stack.append(self)
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        SIMULATOR.current.stack.pop()
+
+
+def get_current_stream() -> Stream:
+    stack = SIMULATOR.current.__dict__.setdefault("stack", [])
+    return stack[-1] if stack else SIMULATOR.streams[0]
+
+
+def stream_of(ptr: int) -> Stream:
+    return SIMULATOR.streams[ptr - 1]
+
+
+class Device:
+    def __init__(self, index: int = 0) -> None:
+        self.id, self.compute_capability = index, "90"
+
+    def __enter__(self) -> Device:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        """Nothing to do."""
+
+    def synchronize(self) -> None:
+        SIMULATOR.run_until(lambda: not any(stream._work for stream in SIMULATOR.streams))
+
+
+class Memory:
+    """Device memory, full of bytes that make NaN of any float."""
+
+    def __init__(self, size_bytes: int) -> None:
+        SIMULATOR.take(size_bytes)
+        self.bytes = np.full(size_bytes, 0xFF, np.uint8)
+
+    def __del__(self) -> None:
+        if hasattr(self, "bytes"):
+            SIMULATOR.used_bytes -= len(self.bytes)
+
+
+class Array(np.ndarray):
+    """``cupy.ndarray``: made at a place of some memory."""
+
+    def __new__(cls, shape, dtype=float, memptr=None):
+        if memptr is None:
+            return np.full(shape, np.nan, dtype).view(cls)
+        memory, offset = memptr
+        size = int(np.prod(shape)) * np.dtype(dtype).itemsize
+        return memory.bytes[offset : offset + size].view(dtype).reshape(shape).view(cls)
+
+    @property
+    def data(self):
+        return SimpleNamespace(ptr=self.ctypes.data)
+
+    @property
+    def device(self):
+        return Device()
+
+    def __setitem__(self, key, value) -> None:
+        get_current_stream().synchronize()  # as if it were the next piece of work there
+        super().__setitem__(key, value)
+
+    def __array_ufunc__(self, ufunc, method, *inputs, out=(), **named):
+        get_current_stream().synchronize()
+        plain = [np.asarray(x) if isinstance(x, Array) else x for x in inputs]
+        if out:
+            named["out"] = tuple(np.asarray(x) for x in out)
+        found = getattr(ufunc, method)(*plain, **named)
+        return out[0] if out else found.view(Array) if isinstance(found, np.ndarray) else found
+
+    def get(self, out: np.ndarray | None = None) -> np.ndarray:
+        get_current_stream().synchronize()
+        if out is None:
+            return np.array(self)
+        assert self.flags.c_contiguous
+        assert out.flags.c_contiguous
+        assert out.shape == self.shape
+        out[...] = np.asarray(self)
+        return out
+
+    @property
+    def __cuda_array_interface__(self):
+        return self.__array_interface__
+
+
+def bytes_at(ptr: int, size_bytes: int) -> np.ndarray:
+    return np.frombuffer((ctypes.c_ubyte * size_bytes).from_address(ptr), np.uint8)
+
+
+def memcpy_async(to: int, source: int, size_bytes: int, kind: int, stream: int) -> None:
+    def copy() -> None:
+        bytes_at(to, size_bytes)[:] = bytes_at(source, size_bytes)
+
+    stream_of(stream).put(copy)
+
+
+def memcpy_2d_async(to, to_pitch, source, source_pitch, width, height, kind, stream) -> None:
+    if min(to_pitch, source_pitch) < width:
+        raise CudaError("cudaErrorInvalidPitchValue")
+    SIMULATOR.copies_2d += 1
+
+    def copy() -> None:
+        for row in range(height):
+            bytes_at(to + row * to_pitch, width)[:] = bytes_at(source + row * source_pitch, width)
+
+    stream_of(stream).put(copy)
+
+
+def pointer_attributes(ptr: int):
+    return SimpleNamespace(type=1 if any(a <= ptr < b for a, b in SIMULATOR.locked) else 0)
+
+
+def lock(array: np.ndarray) -> np.ndarray:
+    """Make the simulated device take ``array`` for page-locked."""
+    SIMULATOR.locked.append((array.ctypes.data, array.ctypes.data + array.nbytes))
+    return array
+
+
+class PinnedMemory:
+    def __init__(self, size_bytes: int) -> None:
+        self.bytes = np.full(size_bytes, 0xFF, np.uint8)
+
+
+# ---- the kernel
+
+
+def array_at(ptr: int, shape: tuple[int, ...], strides, dtype: np.dtype) -> np.ndarray:
+    steps = [int(step) * dtype.itemsize for step in strides]
+    size = sum((n - 1) * step for n, step in zip(shape, steps, strict=True)) + dtype.itemsize
+    return np.ndarray(shape, dtype, (ctypes.c_ubyte * size).from_address(int(ptr)), 0, steps)
+
+
+class Function:
+    """``attend`` as call.cuh describes it."""
+
+    def __init__(self, element: int) -> None:
+        self._element = KINDS[element]
+        self._real = np.dtype("f8" if self._element == np.float64 else "f4")
+        self.max_dynamic_shared_size_bytes = 0
+
+    def __call__(self, grid, block, arguments, shared_mem=0) -> None:
+        call = arguments[0].copy()
+        assert call.dtype == CALL
+        SIMULATOR.launches += 1
+        if SIMULATOR.fail_at is not None and SIMULATOR.launches >= SIMULATOR.fail_at:
+            raise CudaError("an illegal memory access was encountered")
+        get_current_stream().put(lambda: self._compute(call[0]))
+
+    def _compute(self, call) -> None:
+        rows = (int(call["batches"]), int(call["heads"]), int(call["query_tokens"]))
+        dim, value_dim = int(call["head_dim"]), int(call["value_dim"])
+        state = None
+        if call["m"]:
+            acc = array_at(call["acc"], (*rows, value_dim), (*call["acc_strides"], 1), self._real)
+            m, normalizer = (array_at(call[name], rows, call["stat_strides"], self._real) for name in ("m", "l"))
+            state = (acc, m, normalizer)
+        m, normalizer, acc = np.full(rows, -np.inf), np.zeros(rows), np.zeros((*rows, value_dim))
+        if state is not None and not call["fresh"]:
+            seen = state[2] != 0
+            m, normalizer = np.where(seen, state[1], -np.inf), np.where(seen, state[2], 0.0)
+            acc = np.where(seen[..., None], state[0], 0.0)
+        for piece in call["pieces"][: int(call["piece_count"])]:
+            m, normalizer, acc = self._merged(call, piece, rows, dim, value_dim, (m, normalizer, acc))
+        if call["out"]:
+            self._finish(call, rows, value_dim, m, normalizer, acc)
+        elif state is not None:
+            state[0][...], state[1][...], state[2][...] = acc, m, normalizer
+
+    def _merged(self, call, piece, rows, dim, value_dim, before):
+        batch, heads, count = rows
+        tokens = int(piece["tokens"])
+        q = array_at(call["queries"], (*rows, dim), (*call["query_strides"], 1), self._element).astype("f8")
+        k = array_at(piece["keys"], (batch, heads, tokens, dim), (*call["key_strides"], 1), self._element).astype("f8")
+        v = array_at(piece["values"], (batch, heads, tokens, value_dim), (*call["value_strides"], 1), self._element)
+        row = int(call["query_start"]) + np.arange(count)[:, None]
+        key = int(piece["start"]) + np.arange(tokens)
+        seen = (key <= row + call["high_diagonal"]) & (key >= row + call["low_diagonal"])
+        scores = np.where(seen, float(call["scale"]) * (q @ k.swapaxes(2, 3)), -np.inf)
+        m, normalizer, acc = before
+        new = np.maximum(m, scores.max(3))
+        base = np.where(new == -np.inf, 0.0, new)
+        weights, alpha = np.exp(scores - base[..., None]), np.exp(m - base)
+        return new, normalizer * alpha + weights.sum(3), acc * alpha[..., None] + weights @ v.astype("f8")
+
+    def _finish(self, call, rows, value_dim, m, normalizer, acc) -> None:
+        empty = normalizer == 0
+        share = np.where(empty, 1, normalizer)
+        out = array_at(call["out"], (*rows, value_dim), (*call["out_strides"], 1), KINDS[int(call["out_kind"])])
+        out[...] = (acc / share[..., None]).astype(out.dtype)
+        if call["lse"]:
+            lse = array_at(call["lse"], rows, call["lse_strides"], self._real)
+            lse[...] = np.where(empty, -np.inf, m + np.log(share))
+
+
+class RawModule:
+    def __init__(self, code: str, options: tuple[str, ...]) -> None:
+        defines = dict(option[2:].split("=") for option in options if option.startswith("-D"))
+        self._element = int(defines["ELEMENT"])
+
+    def get_function(self, name: str) -> Function:
+        return Function(self._element)
+
+
+def modules() -> dict[str, types.ModuleType]:
+    """The modules to be put in ``sys.modules``."""
+
+    def module(name: str, **content: object) -> types.ModuleType:
+        made = types.ModuleType(name)
+        made.__dict__.update(content, __spec__=ModuleSpec(name, None))
+        return made
+
+    runtime = module(
+        "cupy.cuda.runtime",
+        CUDARuntimeError=CudaError, memcpyAsync=memcpy_async, memcpy2DAsync=memcpy_2d_async, memcpyHostToDevice=1,
+        memcpyDeviceToHost=2, memoryTypeHost=1, pointerGetAttributes=pointer_attributes, getDeviceCount=lambda: 1,
+        memGetInfo=lambda: (TOTAL_BYTES - SIMULATOR.used_bytes, TOTAL_BYTES),
+        getDeviceProperties=lambda index: {"name": b"simulated", "totalGlobalMem": TOTAL_BYTES, "major": 9, "minor": 0},
+    )  # fmt: skip
+    cuda = module(
+        "cupy.cuda",
+        Device=Device, Event=Event, Memory=Memory, MemoryPointer=lambda memory, offset: (memory, offset),
+        PinnedMemory=PinnedMemory, PinnedMemoryPointer=lambda memory, offset: memory.bytes, Stream=Stream,
+        get_current_stream=get_current_stream, runtime=runtime,
+    )  # fmt: skip
+    cupy = module(
+        "cupy",
+        RawModule=RawModule, cuda=cuda, ndarray=Array, empty=lambda shape, dtype: Array(shape, dtype),
+        full=lambda shape, value, dtype: np.full(shape, value, dtype).view(Array),
+        zeros=lambda shape, dtype: np.zeros(shape, dtype).view(Array), may_share_memory=np.may_share_memory,
+        asarray=lambda array: np.asarray(array).view(Array), asnumpy=lambda array: array.get(),
+    )  # fmt: skip
+    driver = module("cupy_backends.cuda.api.driver", CUDADriverError=type("CUDADriverError", (RuntimeError,), {}))
+    backends = [module(name) for name in ("cupy_backends", "cupy_backends.cuda", "cupy_backends.cuda.api")]
+    return {made.__name__: made for made in (cupy, cuda, runtime, *backends, driver)}
+
+
+@contextmanager
+def simulated_gpu(seed: int):
+    """``cupy`` is the simulator meanwhile, and what was imported with it is forgotten afterwards."""
+    global SIMULATOR
+    ours = ("cupy", "cupy_backends", "cqsa_arrays.engine.cuda", "cqsa_arrays.kernels.cuda.kernel")
+
+    def concerned() -> list[str]:
+        return [name for name in sys.modules if name.startswith(ours)]
+
+    before = {name: sys.modules.pop(name) for name in concerned()}
+    SIMULATOR = Simulator(seed)
+    Stream()  # the default stream
+    sys.modules.update(modules())
+    from cqsa_arrays import devices
+
+    devices._describe.cache_clear()
+    try:
+        yield SIMULATOR
+    finally:
+        for name in concerned():
+            del sys.modules[name]
+        sys.modules.update(before)
+        devices._describe.cache_clear()

@@ -1,0 +1,228 @@
+"""The engine on a simulated GPU whose streams work late and in any order that is allowed; see ``simulated_cuda``."""
+
+from __future__ import annotations
+
+import os
+import re
+import threading
+from dataclasses import replace
+
+import h5py
+import numpy as np
+import pytest
+import simulated_cuda
+from simulated_cuda import lock, simulated_gpu
+
+import cqsa_arrays as cqsa
+from cqsa_arrays import Options
+from cqsa_arrays.job import Request, attend, prepared
+
+SEEDS = range(3)
+TOLERANCE = {"float16": 6e-4, "float32": 1e-6, "float64": 1e-13}
+by_cover = pytest.mark.parametrize("cover", ["cqs", "rectangular"])
+
+
+@pytest.fixture(params=SEEDS, ids=lambda seed: f"seed {seed}")
+def gpu(request):
+    with simulated_gpu(request.param) as simulator:
+        yield simulator
+    assert [thread.name for thread in threading.enumerate() if thread.name.startswith("cqsa-")] == []
+
+
+def qkv(batch=1, heads=2, queries=900, keys=None, dim=16, value_dim=None, dtype="f2"):
+    rng = np.random.default_rng(0)
+    shapes = ((queries, dim), (keys or queries, dim), (keys or queries, value_dim or dim))
+    return [rng.standard_normal((batch, heads, *shape)).astype(dtype) for shape in shapes]
+
+
+def exact(q, k, v, offset=None):
+    q, k, v = (np.asarray(x, "f8") for x in (q, k, v))
+    scores = q @ k.swapaxes(2, 3) * q.shape[3] ** -0.5
+    if offset is not None:
+        scores[..., np.arange(k.shape[2]) > np.arange(q.shape[2])[:, None] + offset] = -np.inf
+    largest = scores.max(3, keepdims=True)
+    weights = np.exp(scores - np.where(largest == -np.inf, 0, largest))
+    total = weights.sum(3, keepdims=True)
+    return weights @ v / np.where(total == 0, 1, total)
+
+
+def close(found, expected) -> None:
+    report = cqsa.compare(np.asarray(found), expected, tolerance=TOLERANCE[np.asarray(found).dtype.name])
+    assert report.passed, report
+
+
+def least(*operands, **call) -> int:
+    with pytest.raises(cqsa.BudgetError) as caught:
+        cqsa.plan(*operands, **{**call, "memory": 1})
+    return int(re.search(r"Pass memory=(\d+)", str(caught.value))[1])
+
+
+@by_cover
+@pytest.mark.parametrize("offset", [None, 0, -500], ids=lambda offset: f"offset {offset}")
+@pytest.mark.parametrize("room", [1.0, 1.7, 40])
+def test_many_chunks_of_unequal_lengths(gpu, cover, offset, room) -> None:
+    arrays = qkv(2, 3, 1000, 1400, value_dim=8, dtype="f4")
+    mask = None if offset is None else cqsa.causal(offset)
+    call = {"mask": mask, "device": "cuda", "options": Options(cover=cover)}
+    memory = int(room * least(*arrays, **call))
+    plan = cqsa.plan(*arrays, memory=memory, **call)
+    before = gpu.used_bytes
+    close(cqsa.attention(*arrays, memory=memory, **call), exact(*arrays, offset))
+    assert gpu.peak_bytes - before == plan.memory_bytes
+    assert gpu.used_bytes == before
+
+
+@pytest.mark.parametrize("states", ["memory", "host", "disk"])
+@pytest.mark.parametrize("offset", [None, 0, -700], ids=lambda offset: f"offset {offset}")
+def test_states_wait_where_the_plan_says(gpu, states, offset, tmp_path) -> None:
+    """On the host where the device has no room, on the disk where the host has none."""
+    arrays = qkv(1, 2, 1700, dim=8, value_dim=32)
+    options, mask = Options(cover="cqs", chunks=13, scratch=tmp_path), None if offset is None else cqsa.causal(offset)
+    call = {"mask": mask, "device": "cuda", "options": options}
+    memory = 64 << 20 if states == "memory" else least(*arrays, **call)
+    plan = cqsa.plan(*arrays, memory=memory, **call)
+    if states == "disk":
+        call["options"] = replace(options, host_memory=plan.chosen.host_bytes - 1)
+        plan = cqsa.plan(*arrays, memory=memory, **call)
+    assert plan.chosen.states == states
+    with prepared(Request(q=arrays[0], k=arrays[1], v=arrays[2], memory=memory, **call)) as job:
+        out, report = attend(job)
+    close(out, exact(*arrays, offset))
+    assert (report.state_moved_bytes > 0) == (states != "memory")
+
+
+@by_cover
+def test_page_locked_arrays_are_copied_from_where_they_are(gpu, cover, monkeypatch) -> None:
+    arrays = [lock(x) for x in qkv(2, 2, 900, 1100, dtype="f4")]
+    token_major = [lock(np.ascontiguousarray(x.swapaxes(1, 2))) for x in arrays]
+    monkeypatch.setattr("cqsa_arrays.storage.memory.HostSource.read", None)
+    for layout, given in (("bhnd", arrays), ("bnhd", token_major)):
+        call = {"device": "cuda", "layout": layout, "options": Options(cover=cover)}
+        out = cqsa.attention(*given, memory=int(1.5 * least(*given, **call)), **call)
+        close(out if layout == "bhnd" else out.swapaxes(1, 2), exact(*arrays))
+
+
+def test_page_locked_heads_that_lie_together_are_one_copy(gpu) -> None:
+    arrays = [lock(np.ascontiguousarray(x.swapaxes(1, 2))) for x in qkv(1, 3, 900)]
+    out = cqsa.attention(*arrays, layout="bnhd", device="cuda")
+    close(out.swapaxes(1, 2), exact(*(x.swapaxes(1, 2) for x in arrays)))
+    assert gpu.copies_2d <= 3
+
+
+def test_page_locked_arrays_of_other_strides(gpu) -> None:
+    """One head of keys for all; every other head; rows that overlap, which the device could not copy."""
+    q, k, v = (lock(np.ascontiguousarray(x.swapaxes(1, 2))) for x in qkv(1, 4, 700))
+    shared = [np.broadcast_to(x[:, :, :1], x.shape) for x in (k, v)]
+    for given in ([q, *shared], [x[:, :, ::2] for x in (q, k, v)], [x[:, ::2] for x in (q, k, v)]):
+        out = cqsa.attention(*given, layout="bnhd", device="cuda")
+        close(out.swapaxes(1, 2), exact(*(x.swapaxes(1, 2) for x in given)))
+    windows = np.lib.stride_tricks.sliding_window_view(lock(qkv(1, 1, 600, dim=1)[0].ravel()), 16)
+    close(cqsa.attention(windows, windows, windows, device="cuda"), exact(*(windows[None, None],) * 3)[0, 0])
+
+
+def test_tokens_longer_than_a_piece(gpu) -> None:
+    arrays = [x.swapaxes(1, 2) for x in qkv(1, 600, 3, 5, dim=1024, dtype="f8")]
+    given = [np.ascontiguousarray(x) for x in arrays]
+    out = cqsa.attention(*given, layout="bnhd", device="cuda")
+    close(out.swapaxes(1, 2), exact(*(x.swapaxes(1, 2) for x in given)))
+
+
+@by_cover
+@pytest.mark.parametrize("dtype", ["f2", "f8"])
+@pytest.mark.parametrize("offset", [None, -500], ids=lambda offset: f"offset {offset}")
+def test_statistics_on_the_host(gpu, cover, dtype, offset) -> None:
+    arrays = qkv(2, 2, 900, 700, value_dim=8, dtype=dtype)
+    mask = None if offset is None else cqsa.causal(offset)
+    call = {"mask": mask, "device": "cuda", "options": Options(cover=cover)}
+    with prepared(Request(q=arrays[0], k=arrays[1], v=arrays[2], **call), as_statistics=True) as job:
+        names = [term.name for term in (*job.plan.chosen.terms, *job.plan.chosen.host_terms)]
+    assert not {"output pieces", "page-locked output"} & set(names)
+    stats = cqsa.statistics(*arrays, **call)
+    close(stats.output().astype(dtype), exact(*arrays, offset))
+
+
+@by_cover
+@pytest.mark.parametrize("dtype", ["f2", "f4", "f8"])
+@pytest.mark.parametrize("offset", [None, -500], ids=lambda offset: f"offset {offset}")
+def test_arrays_on_the_device(gpu, cover, dtype, offset) -> None:
+    arrays = qkv(2, 2, 900, 1100, dtype=dtype)
+    there = [np.array(x).view(simulated_cuda.Array) for x in arrays]
+    mask = None if offset is None else cqsa.causal(offset)
+    call = {"mask": mask, "options": Options(cover=cover)}
+    out = cqsa.attention(*there, **call)
+    assert isinstance(out, simulated_cuda.Array)
+    close(out.get(), exact(*arrays, offset))
+    for chunks in (2, 3, 7) if cover == "cqs" else ():
+        out = cqsa.attention(*there, mask=mask, options=Options(chunks=chunks))
+        close(out.get(), exact(*arrays, offset))
+    stats = cqsa.statistics(*there, **call)
+    close(np.asarray(stats.output()).astype(arrays[0].dtype), exact(*arrays, offset))
+
+
+def test_what_finishes_in_one_launch_takes_no_memory(gpu) -> None:
+    there = [x.view(simulated_cuda.Array) for x in qkv()]
+    plan = cqsa.plan(*there)
+    assert plan.memory_bytes == 0
+    assert "none: each launch finishes its rows" in str(plan)
+
+
+@by_cover
+@pytest.mark.parametrize("layout", ["bhnd", "bnhd"])
+def test_files(gpu, cover, layout, tmp_path) -> None:
+    arrays = qkv(1, 3, 900)
+    with h5py.File(tmp_path / "in.h5", "w") as file:
+        for name, array in zip("qkv", arrays, strict=True):
+            file[name] = array if layout == "bhnd" else array.swapaxes(1, 2)
+            file[name].attrs["layout"] = layout
+    names, out = [f"{tmp_path}/in.h5:/{name}" for name in "qkv"], tmp_path / "out.h5"
+    call = {"causal": True, "device": "cuda", "out": out, "options": Options(cover=cover)}
+    cqsa.attention(*names, memory=int(1.5 * least(*names, **call)), **call)
+    report = cqsa.verify(out)
+    assert report.passed, report
+    assert sorted(os.listdir(tmp_path)) == ["in.h5", "out.h5"]
+
+
+@by_cover
+@pytest.mark.parametrize("at", [1, 4, 9])
+def test_an_error_of_the_device_ends_the_run_and_leaves_nothing(gpu, cover, at, tmp_path) -> None:
+    arrays = qkv(1, 3, 900)
+    call = {"causal": True, "device": "cuda", "out": tmp_path / "out.h5", "options": Options(cover=cover)}
+    call["memory"] = least(*arrays, **call)
+    gpu.fail_at = at
+    with pytest.raises(cqsa.DeviceError, match=r"^cuda:0: an illegal memory access"):
+        cqsa.attention(*arrays, **call)
+    assert os.listdir(tmp_path) == []
+    gpu.fail_at = None
+    del call["out"]
+    close(cqsa.attention(*arrays, **call), exact(*arrays, 0))
+
+
+@by_cover
+def test_an_error_of_the_result_is_raised(gpu, cover, monkeypatch) -> None:
+    arrays = qkv(1, 3, 900)
+    call = {"causal": True, "device": "cuda", "options": Options(cover=cover)}
+    call["memory"] = least(*arrays, **call)
+
+    def full(*given: object) -> None:
+        raise cqsa.StorageError("the disk is full")
+
+    monkeypatch.setattr("cqsa_arrays.storage.ArraySink.write_out", full)
+    with pytest.raises(cqsa.StorageError, match="the disk is full"):
+        cqsa.attention(*arrays, **call)
+    assert gpu.used_bytes == 0
+
+
+def test_the_simulator_notices_what_is_not_ordered(monkeypatch) -> None:
+    """Without the events of its slots the engine reads blocks that have not arrived, in some run."""
+
+    def passes(seed: int) -> bool:
+        with simulated_gpu(seed):
+            from cqsa_arrays.engine.cuda.pages import DevicePages
+
+            monkeypatch.setattr(DevicePages, "await_loaded", lambda self, stream: None)
+            arrays = qkv(1, 3, 900)
+            call = {"causal": True, "device": "cuda", "options": Options(cover="cqs")}
+            out = cqsa.attention(*arrays, memory=least(*arrays, **call), **call)
+            return cqsa.compare(out, exact(*arrays, 0)).passed
+
+    assert not all(passes(seed) for seed in range(20))
