@@ -58,10 +58,13 @@ def test_dimensions_that_are_no_powers_of_two(xp, dtype, dim, value_dim):
 @by_dtype
 def test_one_token(xp, dtype):
     arrays = qkv(2, 1, 1, 5, dtype=dtype)
-    assert np.array_equal(host(attention(xp, *on(xp, arrays), causal=True)), arrays[2])
+    # One key: its value, of which pairs of parts keep 22 bits.
+    tolerance = {"rtol": 2.0**-21 if dtype == "f4" else 0, "atol": 0}
+    assert np.allclose(host(attention(xp, *on(xp, arrays), causal=True)), arrays[2], **tolerance)
     q, k, v = qkv(1, 2, 1, 64, keys=1000, dtype=dtype)
     assert_close(attention(xp, *on(xp, (q, k, v))), exact(q, k, v)[0])
-    assert np.array_equal(host(attention(xp, *on(xp, (k, q, v[:, :, :1])))), np.broadcast_to(v[:, :, :1], v.shape))
+    only = host(attention(xp, *on(xp, (k, q, v[:, :, :1]))))
+    assert np.allclose(only, np.broadcast_to(v[:, :, :1], v.shape), **tolerance)
 
 
 @pytest.mark.parametrize("dtype", [np.dtype("f2"), np.dtype("f4")], ids=lambda dtype: dtype.name)

@@ -92,7 +92,7 @@ def kernel_of(family: str, dim: int, value_dim: int):
     capability = cupy.cuda.Device().compute_capability
     version = int(capability[:-1]), int(capability[-1])
     variant = simple_variant(dtype) if simple else choose_variant(dtype, dim, value_dim, version, split=split)
-    made.variant, made._function = variant, kernels.load(variant)
+    made.variant, made._function = variant, kernels.load(variant, cupy.cuda.Device().id)
     return made
 
 
@@ -122,10 +122,10 @@ def empty_state(one: Case, family: str, poisoned: bool = False) -> BlockStatisti
 
 
 def on_device(one: Case, view=cupy.asarray):
-    """Queries and key blocks there; ``view`` makes a device array of each host array."""
-    ends = np.cumsum([0, *(count for _, count in one.pieces)])
+    """Queries and key blocks there, slices of one array as a launch asks; ``view`` makes it of the host array."""
+    ends, keys, values = np.cumsum([0, *(count for _, count in one.pieces)]), view(one.k), view(one.v)
     blocks = [
-        KeyBlock(start, view(one.k[:, :, a:b]), view(one.v[:, :, a:b]))
+        KeyBlock(start, keys[:, :, a:b], values[:, :, a:b])
         for (start, _), a, b in zip(one.pieces, ends, ends[1:], strict=False)
     ]
     return view(one.q), blocks
@@ -300,7 +300,8 @@ def test_finish_without_keys(family):
     rows, dtype = one.q.shape[:3], state_dtype(family)
     for with_lse in (True, False):
         out, lse = Guarded((*rows, 24), dtype), Guarded(rows, dtype)
-        kernel_of(family, 40, 24).finish(state, out.array, lse.array if with_lse else None)
+        ends = packing.Finish(out.array, lse.array if with_lse else None)
+        kernel_of(family, 40, 24).finish(state, ends, fresh=False)
         written = lse.checked()
         close(family, one, low, high, out.checked(), written if with_lse else one.exact(low, high)[1])
         assert with_lse or np.isnan(written).all()
@@ -484,10 +485,18 @@ def test_the_same_call_gives_the_same_bits(family):
     assert runs[0][1].tobytes() == runs[1][1].tobytes()
 
 
-@by_family
+@pytest.mark.parametrize("family", [family for family in FAMILIES if family != "split"])
 def test_a_row_does_not_depend_on_the_rows_beside_it(family):
     """Blocks of rows that see tiles in full and those that see them in part compute the same."""
     one = case(family, rows=300, seed=20)
     whole = launch(family, one)[0]
     alone = Case(one.q[:, :, 131:132], one.k, one.v, one.pieces, 131, one.scale)
     assert np.array_equal(launch(family, alone)[0], whole[:, :, 131:132])
+
+
+def test_key_blocks_of_different_strides_are_refused():
+    """A launch has one set of strides for all of its blocks."""
+    queries, state = cupy.zeros((1, 2, 8, 64), "f2"), BlockStatistics.empty((1, 2, 8), 64, "float32", cupy)
+    blocks = [KeyBlock(start, *(cupy.zeros((1, 2, n, 64), "f2"),) * 2) for start, n in ((0, 16), (16, 17))]
+    with pytest.raises(ValueError, match="strides"):
+        packing.pack_call(queries, 0, blocks, state, None, mask=EVERYTHING, scale=1, span_keys=SPAN, fresh=True)
