@@ -1,6 +1,6 @@
 """Attention on one GPU: kernels and whole jobs, ours beside the peers that are installed, measured in one run.
 
-    python benchmarks/gpu.py [--only kernels host file] [--results benchmarks/results]
+    python benchmarks/gpu.py [--only kernels host flat file rivals] [--results benchmarks/results]
 
 Kernels work on arrays that lie on the device, whole jobs on arrays of the host or an HDF5 file under a budget. Rates
 are 4 H N^2 D floating-point operations (half of it for causal) over the median time. Peers need PyTorch.
@@ -14,24 +14,29 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
+from itertools import chain
 from pathlib import Path
 from statistics import median
 
 import cupy
+import h5py
 import numpy as np
 from report import machine, store, table
 
 import cqsa_arrays as cqsa
+from cqsa_arrays.kernels.cuda import kernel
+from cqsa_arrays.kernels.cuda.variants import choose_variant
 
 HEADS = 8
 # dtype, D, the peer's name and its backend in PyTorch, what is asked of ours: a ratio to the peer, or TFLOP/s
 KERNELS = [
     *((dtype, dim, "FLASH_ATTENTION", "1.00 x") for dtype in ("float16", "bfloat16") for dim in (64, 128)),
-    *(("float32", dim, "EFFICIENT_ATTENTION", "33") for dim in (64, 128)),
+    *(("float32", dim, "EFFICIENT_ATTENTION", "66") for dim in (64, 128)),
+    *(("float32, plain", dim, "EFFICIENT_ATTENTION", "33") for dim in (64, 128)),
     ("float64", 64, "MATH", "30"),
 ]
-TOKENS = {"float16": 131072, "bfloat16": 131072, "float32": 32768, "float64": 16384}
+TOKENS = {"float16": 131072, "bfloat16": 131072, "float32": 32768, "float64": 32768}
 
 
 def arrays(tokens: int, dim: int, dtype: str, xp=cupy) -> list:
@@ -63,22 +68,35 @@ def flops(tokens: int, dim: int, causal: bool) -> float:
 
 
 def kernel_rows(repeats: int) -> Iterator[dict[str, object]]:
-    for dtype, dim, backend, asked in KERNELS:
+    for kind, dim, backend, asked in KERNELS:
+        dtype, plain = kind.split(",")[0], "plain" in kind
         tokens = TOKENS[dtype]
         for causal in (False, True):
             q, k, v = arrays(tokens, dim, dtype)
             out = cupy.empty_like(q)
-            ours = seconds(lambda: cqsa.attention(q, k, v, causal=causal, out=out), repeats)  # noqa: B023
+            with plain_float32() if plain else nullcontext():
+                ours = seconds(lambda: cqsa.attention(q, k, v, causal=causal, out=out), repeats)  # noqa: B023
             theirs = peer_seconds((q, k, v), backend, causal, repeats)
             rows = np.sort(np.random.default_rng(1).choice(tokens, 64, replace=False))
             error = error_of(out, (q, k, v), rows, causal)
             rate = flops(tokens, dim, causal) / ours / 1e12
             yield {
-                "dtype": dtype, "D": dim, "N": tokens, "mask": "causal" if causal else "full",
+                "dtype": kind, "D": dim, "N": tokens, "mask": "causal" if causal else "full",
                 "TFLOP/s": round(rate, 1), "peer": backend.lower().removesuffix("_attention"),
                 "peer TFLOP/s": round(flops(tokens, dim, causal) / theirs / 1e12, 1) if theirs else None,
                 "ratio": round(theirs / ours, 3) if theirs else None, "asked": asked, "error": error,
             }  # fmt: skip
+
+
+@contextmanager
+def plain_float32() -> Iterator[None]:
+    """float32 without tensor cores meanwhile, which no argument asks for."""
+    usual = kernel.variant_for
+    kernel.variant_for = lambda *problem: choose_variant(*problem[:4], split=False)
+    try:
+        yield
+    finally:
+        kernel.variant_for = usual
 
 
 def peer_seconds(operands: tuple, backend: str, causal: bool, repeats: int) -> float | None:
@@ -140,29 +158,76 @@ def resident_run(operands: list) -> tuple[float, np.ndarray]:
     return elapsed, out.get()
 
 
-def host_rows(tokens: int, dim: int, dtype: str, budgets: list[str]) -> Iterator[dict[str, object]]:
+def host_rows(tokens: int, dim: int, dtype: str, budgets: list[str], repeats: int) -> Iterator[dict[str, object]]:
     operands = [x.get() for x in arrays(tokens, dim, dtype)]
     kernel_s, expected = resident_run(operands)
     cupy.get_default_memory_pool().free_all_blocks()
-    result = np.zeros_like(operands[0])
-    result.fill(0)  # a page that is touched for the first time costs as much as its copy
     for budget in budgets:
         for cover in ("auto", "cqs", "rectangular"):
-            options = cqsa.Options(cover=cover)
-            call = {"causal": True, "memory": budget, "device": "cuda", "options": options}
-            plan = cqsa.plan(*operands, out=result, **call)
-            cqsa.attention(*(x[:, :, :4096] for x in operands), **call)  # context, kernels
-            with device_peak() as peak:
-                start = time.perf_counter()
-                cqsa.attention(*operands, out=result, **call)
-                elapsed = time.perf_counter() - start
+            found, plan, result = host_job(operands, budget, cover, repeats)
             yield {
                 "N": tokens, "dtype": dtype, "D": dim, "budget": budget, "cover": f"{cover}: {plan.cover_name}",
                 "parts": f"{plan.chosen.query_parts} x {plan.chosen.key_parts}, {plan.chosen.heads} heads",
-                "s": round(elapsed, 3), "kernel s": round(kernel_s, 3), "ratio": round(elapsed / kernel_s, 3),
-                "planned MiB": round(plan.memory_bytes / 2**20, 1), "peak MiB": round(peak["bytes"] / 2**20, 1),
+                "s": round(found["s"], 3), "kernel s": round(kernel_s, 3), "ratio": round(found["s"] / kernel_s, 3),
+                "asked": 1.05,
+                "planned MiB": round(plan.memory_bytes / 2**20, 1), "peak MiB": round(found["peak"] / 2**20, 1),
                 "difference": float(cqsa.compare(result[0, :1], expected[0, :1]).frobenius),
             }  # fmt: skip
+
+
+def host_job(operands: list, budget: str, cover: str, repeats: int = 3) -> tuple[dict, cqsa.Plan, np.ndarray]:
+    """Median seconds and peak bytes of causal attention from host memory to host memory; its plan and result."""
+    result = np.empty_like(operands[0])
+    result.fill(0)  # a page that is touched for the first time costs as much as its copy
+    call = {"causal": True, "memory": budget, "device": "cuda", "options": cqsa.Options(cover=cover), "out": result}
+    plan = cqsa.plan(*operands, **call)
+    smaller = {**call, "out": np.empty_like(result[:, :, :4096])}
+    cqsa.attention(*(x[:, :, :4096] for x in operands), **smaller)  # context, kernels, page-locked memory
+    times = []
+    for _ in range(repeats):
+        start = time.perf_counter()
+        cqsa.attention(*operands, **call)
+        times.append(time.perf_counter() - start)
+    with device_peak() as peak:  # apart: to ask the driver all the time slows a short job by a tenth
+        cqsa.attention(*operands, **call)
+    return {"s": median(times), "peak": peak["bytes"]}, plan, result
+
+
+def flat_rows(longest: int, dim: int, dtype: str) -> Iterator[dict[str, object]]:
+    """The same job at half the tokens, a quarter ... : its time should fall with their square."""
+    operands = [x.get() for x in arrays(longest, dim, dtype)]
+    whole = 0.0
+    for tokens in (longest >> shift for shift in range(4)):
+        part = [np.ascontiguousarray(x[:, :, :tokens]) for x in operands]
+        kernel_s, _ = resident_run(part)
+        cupy.get_default_memory_pool().free_all_blocks()
+        job, plan, _ = host_job(part, "1GiB", "auto", 5 if tokens < longest else 3)
+        whole = whole or job["s"] / longest**2
+        yield {
+            "N": tokens, "dtype": dtype, "D": dim, "budget": "1GiB", "cover": plan.cover_name, "s": round(job["s"], 4),
+            "kernel s": round(kernel_s, 4), "ratio": round(job["s"] / kernel_s, 3),
+            "s / N^2, of the first": round(job["s"] / tokens**2 / whole, 3), "asked": "0.95 to 1.05",
+        }  # fmt: skip
+
+
+def rival_rows(tokens: int) -> Iterator[dict[str, object]]:
+    """Ours and the others from the memory of the host."""
+    operands = [x.get() for x in arrays(tokens, 64, "float16")]
+    cupy.get_default_memory_pool().free_all_blocks()
+    job, _, _ = host_job(operands, "1GiB", "auto")
+    rows = [("cqsa_arrays, 1 GiB", job["s"], job["peak"])]
+    del operands
+    try:
+        from gpu_rivals import rivals
+    except ImportError:
+        others: Iterator = iter(())
+    else:
+        others = rivals(tokens)
+    for name, elapsed, peak in chain(rows, others):
+        yield {
+            "what": name, "N": tokens, "s": round(elapsed, 2), "of ours": round(elapsed / job["s"], 2),
+            "device MiB": round(peak / 2**20),
+        }  # fmt: skip
 
 
 def drop_from_cache(path: Path) -> None:
@@ -190,18 +255,19 @@ def disk_rates(path: Path, size_bytes: int) -> tuple[float, float]:
 
 
 def file_rows(tokens: int, dim: int, dtype: str, budget: str, directory: str) -> Iterator[dict[str, object]]:
-    from cqsa_arrays.storage import InputSpec, make_inputs
-
     path, out = Path(directory) / "qkv.h5", Path(directory) / "out.h5"
-    if not path.exists():
-        make_inputs(path, InputSpec(tokens=tokens, heads=HEADS, head_dim=dim, dtype=dtype))
+    operands = [x.get() for x in arrays(tokens, dim, dtype)]
+    with h5py.File(path, "w") as file:
+        for name, array in zip("qkv", operands, strict=True):
+            file.create_dataset(name, data=array)
     os.sync()
-    size = path.stat().st_size
-    read, written = disk_rates(path, min(size, 2 << 30))
-    sources = [f"{path}:/{name}" for name in "qkv"]
-    kernel_s, _ = resident_run(arrays(tokens, dim, dtype))
+    kernel_s, _ = resident_run(operands)
+    del operands
     cupy.get_default_memory_pool().free_all_blocks()
-    for cover in ("cqs", "rectangular"):
+    size = path.stat().st_size
+    sources = [f"{path}:/{name}" for name in "qkv"]
+    for cover in ("auto", "cqs", "rectangular"):
+        read, written = disk_rates(path, min(size, 2 << 30))
         drop_from_cache(path)
         options = cqsa.Options(cover=cover, overwrite=True)
         with device_peak() as peak:
@@ -213,16 +279,16 @@ def file_rows(tokens: int, dim: int, dtype: str, budget: str, directory: str) ->
             "N": tokens, "dtype": dtype, "D": dim, "budget": budget, "cover": cover, "s": round(elapsed, 3),
             "kernel s": round(kernel_s, 3), "disk s": round(disk_s, 3),
             "read GB/s": round(read / 1e9, 2), "write GB/s": round(written / 1e9, 2),
-            "ratio": round(elapsed / max(kernel_s, disk_s), 3), "peak MiB": round(peak["bytes"] / 2**20, 1),
-            "error": cqsa.verify(out, rows=32).frobenius,
+            "ratio": round(elapsed / max(kernel_s, disk_s), 3), "asked": 1.15,
+            "peak MiB": round(peak["bytes"] / 2**20, 1), "error": cqsa.verify(out, rows=32).frobenius,
         }  # fmt: skip
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", nargs="*", default=["kernels", "host", "file"])
+    parser.add_argument("--only", nargs="*", default=["kernels", "host", "flat", "file", "rivals"])
     parser.add_argument("--tokens", type=int, default=1 << 20, help="of the whole jobs")
-    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--repeats", type=int, default=3, help="of which the median is taken")
     parser.add_argument("--budgets", nargs="*", default=["4GiB", "1GiB"])
     parser.add_argument("--directory", help="for the file; a qkv.h5 there is used (default: temporary)")
     parser.add_argument("--results", default="benchmarks/results", help="folder for gpu_kernels.json and so on")
@@ -232,12 +298,15 @@ def main() -> None:
         directory = arguments.directory or temporary
         sections = {
             "kernels": lambda: kernel_rows(arguments.repeats),
-            "host": lambda: host_rows(arguments.tokens, 64, "float16", arguments.budgets),
+            "host": lambda: host_rows(arguments.tokens, 64, "float16", arguments.budgets, arguments.repeats),
+            "flat": lambda: flat_rows(arguments.tokens, 64, "float16"),
+            "rivals": lambda: rival_rows(arguments.tokens),
             "file": lambda: file_rows(arguments.tokens, 64, "float16", arguments.budgets[0], directory),
         }
         for name in arguments.only:
-            found = {"machine": machine(), "gpu": gpu, "heads": HEADS, "rows": table(sections[name]())}
-            store(f"{arguments.results}/gpu_{name}.json", found)
+            path, where = f"{arguments.results}/gpu_{name}.json", {"machine": machine(), "gpu": gpu, "heads": HEADS}
+            table(sections[name](), keep=lambda rows: store(path, {**where, "rows": rows}))  # noqa: B023
+            print(f"stored in {path}")
 
 
 if __name__ == "__main__":

@@ -6,7 +6,7 @@ import datetime
 import json
 import os
 import platform
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import numpy as np
@@ -31,9 +31,11 @@ def machine() -> dict[str, object]:
     }
 
 
-def table(rows: Iterable[dict[str, object]]) -> list[dict[str, object]]:
-    """Print each row as it comes, under one header; returns them all."""
-    found = []
+def table(
+    rows: Iterable[dict[str, object]], keep: Callable[[list[dict[str, object]]], None] | None = None
+) -> list[dict[str, object]]:
+    """Print each row as it comes, under one header; returns them all. ``keep`` is told of those so far after each."""
+    found: list[dict[str, object]] = []
     for row in rows:
         cells = [f"{value:.3g}" if isinstance(value, float) else str(value) for value in row.values()]
         widths = [max(len(name), 9) for name in row]
@@ -41,6 +43,8 @@ def table(rows: Iterable[dict[str, object]]) -> list[dict[str, object]]:
             print("  ".join(name.rjust(width) for name, width in zip(row, widths, strict=True)))
         print("  ".join(cell.rjust(width) for cell, width in zip(cells, widths, strict=True)), flush=True)
         found.append(row)
+        if keep is not None:
+            keep(found)
     return found
 
 
@@ -49,4 +53,3 @@ def store(path: str, result: dict[str, object]) -> None:
     target = Path(path)
     target.parent.mkdir(parents=True, exist_ok=True)
     target.write_text(json.dumps({"date": datetime.date.today().isoformat(), **result}, indent=1) + "\n")
-    print(f"stored in {path}")

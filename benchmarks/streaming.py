@@ -84,7 +84,7 @@ def covers(directory: Path, tokens: int, repeats: int) -> Iterator[dict[str, obj
             chosen = reports[0]["plan"]["chosen"]
             yield {
                 "N": tokens, "mask": mask, "budget": memory, "cover": cover, "parts": chosen["query_parts"],
-                "states": "on disk" if chosen["states_on_disk"] else "in memory",
+                "states": "on disk" if chosen["states"] == "disk" else "in memory",
                 "seconds": round(median(r["elapsed_s"] for r in reports), 2),
                 "read": format_bytes(reports[0]["input_read_bytes"]),
                 "states moved": format_bytes(reports[0]["state_moved_bytes"]),
