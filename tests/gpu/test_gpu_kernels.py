@@ -5,177 +5,35 @@ Outputs and states hold NaN before each launch wherever they may not be read, an
 
 from __future__ import annotations
 
-import functools
-from dataclasses import dataclass
-
 import numpy as np
 import pytest
-from gpu_cases import BFLOAT16, TOLERANCE, assert_close, assert_lse_close, exact_where, host, normal
+from gpu_cases import BFLOAT16, TOLERANCE, assert_lse_close
+from kernel_launches import (
+    EVERYTHING,
+    FAMILIES,
+    SPAN,
+    Case,
+    Guarded,
+    by_family,
+    case,
+    close,
+    cupy,
+    empty_state,
+    everything,
+    host,
+    intervals,
+    kernel_of,
+    launch,
+    on_device,
+    packing,
+    state_dtype,
+)
 
 from cqsa_arrays.block_statistics import BlockStatistics
 from cqsa_arrays.kernels.base import KeyBlock
-from cqsa_arrays.kernels.cuda.variants import choose_variant, simple_variant
 from cqsa_arrays.masks import UNBOUNDED_DIAGONAL
 
-cupy = pytest.importorskip("cupy", reason="CuPy is not installed")
-packing = pytest.importorskip("cqsa_arrays.kernels.cuda.call")
-kernels = pytest.importorskip("cqsa_arrays.kernels.cuda.kernel")
 pytestmark = pytest.mark.usefixtures("gpu")
-
-EVERYTHING = packing.RowMask(-UNBOUNDED_DIAGONAL, UNBOUNDED_DIAGONAL)
-SPAN = 1 << 20
-# Name: element type, whether products are split, whether it is the plain kernel.
-FAMILIES = {
-    "half": ("float16", False, False),
-    "half, bfloat16": ("bfloat16", False, False),
-    "single": ("float32", False, False),
-    "split": ("float32", True, False),
-    "double": ("float64", False, False),
-    "simple, float16": ("float16", False, True),
-    "simple, bfloat16": ("bfloat16", False, True),
-    "simple, float32": ("float32", False, True),
-    "simple, float64": ("float64", False, True),
-}
-by_family = pytest.mark.parametrize("family", FAMILIES)
-# First token and number of tokens of each piece: gaps, a single key, less and more than a tile.
-PIECES = ((0, 130), (200, 1), (300, 77), (1000, 311), (1311, 64))
-
-
-@dataclass
-class Case:
-    """Queries of consecutive tokens and pieces of keys and values, on the host."""
-
-    q: np.ndarray
-    k: np.ndarray
-    v: np.ndarray
-    pieces: tuple[tuple[int, int], ...] = PIECES
-    query_start: int = 0
-    scale: float = 0.125
-
-    @property
-    def tokens(self) -> np.ndarray:
-        return np.concatenate([np.arange(start, start + count) for start, count in self.pieces])
-
-    @property
-    def rows(self) -> np.ndarray:
-        return self.query_start + np.arange(self.q.shape[2])
-
-    def exact(self, low: np.ndarray, high: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        seen = (self.tokens >= low[:, None]) & (self.tokens < high[:, None])
-        return exact_where(self.q, self.k, self.v, seen, self.scale)
-
-    def part(self, first: int, last: int) -> Case:
-        """With the pieces first .. last - 1 only."""
-        ends = np.cumsum([0, *(count for _, count in self.pieces)])
-        keys = np.s_[:, :, ends[first] : ends[last]]
-        return Case(self.q, self.k[keys], self.v[keys], self.pieces[first:last], self.query_start, self.scale)
-
-
-def case(family: str, dim=64, value_dim=None, rows=200, heads=3, batch=2, pieces=PIECES, seed=0, **more) -> Case:
-    dtype = FAMILIES[family][0]
-    dtype = BFLOAT16 if dtype == "bfloat16" else np.dtype(dtype)
-    keys = sum(count for _, count in pieces)
-    shapes = ((rows, dim), (keys, dim), (keys, value_dim or dim))
-    q, k, v = (normal(batch, heads, *shape, dtype=dtype, seed=3 * seed + i) for i, shape in enumerate(shapes))
-    return Case(q, k, v, tuple(pieces), scale=dim**-0.5, **more)
-
-
-def state_dtype(family: str) -> str:
-    return "float64" if FAMILIES[family][0] == "float64" else "float32"
-
-
-@functools.cache
-def kernel_of(family: str, dim: int, value_dim: int):
-    """A CudaKernel with the variant of ``family``, whatever it would choose by itself."""
-    dtype, split, simple = FAMILIES[family]
-    made = kernels.CudaKernel(dtype, head_dim=dim, value_dim=value_dim, scale=1.0)
-    capability = cupy.cuda.Device().compute_capability
-    version = int(capability[:-1]), int(capability[-1])
-    variant = simple_variant(dtype) if simple else choose_variant(dtype, dim, value_dim, version, split=split)
-    made.variant, made._function = variant, kernels.load(variant, cupy.cuda.Device().id)
-    return made
-
-
-class Guarded:
-    """An array of NaN inside a larger one of NaN."""
-
-    def __init__(self, shape: tuple[int, ...], dtype: object) -> None:
-        self._whole = cupy.asarray(np.full([length + 2 for length in shape], np.nan, dtype))
-        self._inside = tuple(slice(1, 1 + length) for length in shape)
-        self.array = self._whole[self._inside]
-
-    def checked(self) -> np.ndarray:
-        """What was written, on the host, and nothing around it was."""
-        whole = host(self._whole)
-        found = whole[self._inside].copy()
-        whole[self._inside] = np.nan
-        assert np.isnan(whole).all()
-        return found
-
-
-def empty_state(one: Case, family: str, poisoned: bool = False) -> BlockStatistics:
-    shape, dtype = one.q.shape[:3], state_dtype(family)
-    if not poisoned:
-        return BlockStatistics.empty(shape, one.v.shape[3], dtype, cupy)
-    guarded = (Guarded((*shape, one.v.shape[3]), dtype), Guarded(shape, dtype), Guarded(shape, dtype))
-    return BlockStatistics(*(each.array for each in guarded))
-
-
-def on_device(one: Case, view=cupy.asarray):
-    """Queries and key blocks there, slices of one array as a launch asks; ``view`` makes it of the host array."""
-    ends, keys, values = np.cumsum([0, *(count for _, count in one.pieces)]), view(one.k), view(one.v)
-    blocks = [
-        KeyBlock(start, keys[:, :, a:b], values[:, :, a:b])
-        for (start, _), a, b in zip(one.pieces, ends, ends[1:], strict=False)
-    ]
-    return view(one.q), blocks
-
-
-def launch(
-    family, one, *, low=None, high=None, mask=EVERYTHING, state=None, fresh=True, span=SPAN, finish=True,
-    out_dtype=None, view=cupy.asarray,
-):  # fmt: skip
-    """One launch: output and log-sum-exp, NaN beforehand, or None, None where ``finish`` is false."""
-    kernel = kernel_of(family, one.q.shape[3], one.v.shape[3])
-    queries, blocks = on_device(one, view)
-    rows, dtype = one.q.shape[:3], state_dtype(family)
-    out, lse = Guarded((*rows, one.v.shape[3]), out_dtype or dtype), Guarded(rows, dtype)
-    ends = packing.Finish(out.array, lse.array) if finish else None
-    call = packing.pack_call(
-        queries, one.query_start, blocks, state, ends, mask=mask, scale=one.scale, span_keys=span, fresh=fresh
-    )
-    intervals = [None if bound is None else cupy.asarray(bound, "int64") for bound in (low, high)]
-    if low is not None:
-        call["row_low"], call["row_high"] = (bound.data.ptr for bound in intervals)
-    kernel._launch(call)
-    cupy.cuda.Device().synchronize()
-    written = out.checked(), lse.checked()
-    return written if finish else (None, None)
-
-
-def close(family: str, one: Case, low, high, out, lse) -> None:
-    expected, expected_lse = one.exact(np.asarray(low), np.asarray(high))
-    dtype = BFLOAT16 if "bfloat16" in family else FAMILIES[family][0]
-    assert_close(out, expected, dtype)
-    assert_lse_close(lse, expected_lse)
-
-
-def everything(one: Case) -> tuple[np.ndarray, np.ndarray]:
-    return np.zeros(one.q.shape[2], "i8"), np.full(one.q.shape[2], 1 << 60)
-
-
-def intervals(one: Case, kind: str, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
-    """What each row sees: anything, also nothing, less than nothing and keys that are not there."""
-    rng, rows, last = np.random.default_rng(seed), one.q.shape[2], int(one.tokens[-1]) + 1
-    if kind == "random":
-        return np.sort(rng.integers(-50, last + 50, (2, rows)), axis=0)
-    if kind == "some rows see nothing":
-        low, high = np.sort(rng.integers(0, last, (2, rows)), axis=0)
-        return low, np.where(rng.random(rows) < 0.5, low - rng.integers(0, 9, rows), high)
-    if kind == "only gaps":
-        return np.full(rows, 201), np.full(rows, 300)
-    low = np.where(np.arange(rows) < rows // 2, 0, 1000)
-    return low, np.where(np.arange(rows) < rows // 2, 130, 1375)
 
 
 # ---- against float64
@@ -401,76 +259,6 @@ def test_offsets_beyond_2_to_the_31_elements(family):
         one.q, np.tile(one.k, (1, 1, 2, 1)), np.tile(one.v, (1, 1, 2, 1)), ((0, rows), (0, rows)), 0, one.scale
     )
     close(family, twice, np.zeros(rows), one.rows + 1, host(out), host(lse))
-
-
-# ---- NaN and infinities
-
-
-def finite_elsewhere(family: str, one: Case, low, high, out) -> None:
-    """NaN and infinities exactly where the formula has them, everything else as exact as ever."""
-    expected, _ = one.exact(low, high)
-    assert np.array_equal(np.isnan(out), np.isnan(expected))
-    infinite = np.isinf(expected)
-    assert np.array_equal(out[infinite], expected[infinite])
-    left = np.isfinite(expected)
-    assert left.any()
-    tolerance = TOLERANCE[FAMILIES[family][0]]
-    assert np.linalg.norm(out[left] - expected[left]) <= tolerance * np.linalg.norm(expected[left])
-
-
-@by_family
-@pytest.mark.parametrize("span", [None, 128], ids=["one span", "spans of 128"])
-@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf], ids=str)
-@pytest.mark.parametrize("where", ["query", "keys", "values", "everywhere"])
-def test_what_is_not_finite_reaches_exactly_the_rows_that_see_it(family, where, bad, span):
-    one = case(family, seed=15)
-    low, high = intervals(one, "random", 6)
-    if where in ("query", "everywhere"):
-        one.q[0, 1, 77, 5] = bad
-    if where in ("keys", "everywhere"):
-        one.k[0, 0, [3, 135, 400], 9] = bad
-        one.k[1, 2, -1] = bad
-    if where in ("values", "everywhere"):
-        one.v[1, 0, [0, 140, 518], 63] = bad
-        one.v[1, 1, 300, 0] = bad
-    state = empty_state(one, family, poisoned=True) if span else None
-    out, _ = launch(family, one, low=low, high=high, span=span or SPAN, state=state)
-    finite_elsewhere(family, one, low, high, out)
-
-
-@by_family
-def test_infinities_of_both_signs_in_one_column_make_nan_for_rows_that_see_both(family):
-    one = case(family, seed=16)
-    one.v[0, 0, 10, 3], one.v[0, 0, 500, 3] = np.inf, -np.inf
-    low, high = intervals(one, "random", 7)
-    finite_elsewhere(family, one, low, high, launch(family, one, low=low, high=high)[0])
-
-
-@by_family
-def test_scores_of_minus_infinity_weigh_nothing(family):
-    """Rows all of whose keys are such are rows that saw no key."""
-    one = case(family, seed=17)
-    one.q[..., 0] = 1
-    one.k[:, :, 100:300, 0] = -np.inf
-    low, high = intervals(one, "random", 8)
-    low[:60], high[:60] = one.tokens[105], one.tokens[290]
-    for state in (None, empty_state(one, family, poisoned=True)):
-        out, lse = launch(family, one, low=low, high=high, state=state, span=128 if state else SPAN)
-        close(family, one, low, high, out, lse)
-        assert (out[:, :, :60] == 0).all()
-        assert (lse[:, :, :60] == -np.inf).all()
-
-
-@by_family
-def test_values_of_keys_that_weigh_nothing_but_are_far_below_the_largest(family):
-    """Scores hundreds apart: the weights of most keys are 0, and nothing overflows."""
-    one = case(family, seed=18)
-    one.scale = 40.0
-    low, high = intervals(one, "random", 9)
-    out, lse = launch(family, one, low=low, high=high)
-    assert np.isfinite(out).all()
-    assert np.isfinite(lse[lse != -np.inf]).all()
-    assert (np.abs(out) <= np.abs(one.v.astype("f8")).max() * 1.01).all()
 
 
 # ---- the same bits
