@@ -15,8 +15,9 @@ from ..cover import Cover, Step
 from ..planner import Group, Plan
 from ..ranges import Range
 from .ahead import ReadAhead, Work
+from .allocation import allocate
 from .progress import Progress
-from .resident import Inputs, allocate
+from .resident import Inputs
 from .results import Results
 
 

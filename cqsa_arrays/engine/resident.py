@@ -3,20 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from typing import Any, Generic, Protocol, TypeVar
 
-import numpy as np
-
 from ..cover import Step
 from ..kernels.base import Kernel, KeyBlock
-from ..planner import Group, Plan, Problem
+from ..planner import Group, Problem
 from ..ranges import Range
 from ..storage import TokenSource
 from .pages import Pages
 from .results import Results
-from .states import StateStore, open_states
+from .states import StateStore
 
 
 @dataclass(frozen=True, slots=True)
@@ -151,26 +148,3 @@ class HostResident:
 
     def drain(self) -> None:
         """Nothing to do."""
-
-
-def allocate(plan: Plan, inputs: Inputs, results: Results, home: np.ndarray | None, stack: ExitStack) -> Resident:
-    """Exactly the terms of the plan's memory table; ``stack`` gives them back."""
-    if plan.device != "cpu":
-        from .cuda.resident import allocate_on_device
-
-        return allocate_on_device(plan, inputs, results, stack)
-    from ..kernels.cpu.kernel import CpuKernel
-
-    problem, size = plan.problem, plan.chosen.residency
-    dtype = problem.compute_dtype
-    kernel = CpuKernel(
-        dtype, rows=size.query_chunk, head_dim=problem.head_dim, value_dim=problem.value_dim, threads=size.threads
-    )
-    stack.enter_context(closing(kernel))
-    states = stack.enter_context(closing(open_states(plan, home)))
-    operands = Operands(
-        Pages(inputs.q, slots=1, tokens=size.query_chunk, heads=size.heads, dtype=dtype),
-        Pages(inputs.k, slots=size.key_slots, tokens=size.key_chunk, heads=size.heads, dtype=dtype),
-        Pages(inputs.v, slots=size.key_slots, tokens=size.key_chunk, heads=size.heads, dtype=dtype),
-    )
-    return HostResident(kernel, operands, states, results, problem)
