@@ -19,7 +19,7 @@ from ..ranges import Cut, Range
 from ..storage import reserve
 from ..units import format_bytes
 
-# Gives memory for so many elements of a dtype: a NumPy array, or a CuPy one.
+# Gives memory for so many elements of a dtype.
 Allocator = Callable[[int, str], Any]
 
 
@@ -44,7 +44,7 @@ class StateStore(Protocol):
 class _Block:
     """Memory for the state of up to ``rows`` rows of ``heads`` heads: one buffer, cut into acc, m and l."""
 
-    def __init__(self, rows: int, heads: int, value_dim: int, dtype: str, take: Allocator) -> None:
+    def __init__(self, rows: int, heads: int, value_dim: int, dtype: str, take: Allocator = allocate) -> None:
         self._flat = take(rows * heads * (value_dim + 2), dtype)
         self._value_dim = value_dim
 
@@ -68,10 +68,8 @@ class ResidentStates:
 
     moved_bytes = 0
 
-    def __init__(
-        self, rows: int, heads: int, value_dim: int, dtype: str, home: np.ndarray | None, take: Allocator = allocate
-    ) -> None:
-        self._block = _Block(rows, heads, 0 if home is not None else value_dim, dtype, take)
+    def __init__(self, rows: int, heads: int, value_dim: int, dtype: str, home: np.ndarray | None) -> None:
+        self._block = _Block(rows, heads, 0 if home is not None else value_dim, dtype)
         self._rows, self._home = rows, home
         self._state: BlockStatistics | None = None
 
@@ -99,8 +97,8 @@ class TileStates:
 
     moved_bytes = 0
 
-    def __init__(self, rows: int, heads: int, value_dim: int, dtype: str, take: Allocator = allocate) -> None:
-        self._block = _Block(rows, heads, value_dim, dtype, take)
+    def __init__(self, rows: int, heads: int, value_dim: int, dtype: str) -> None:
+        self._block = _Block(rows, heads, value_dim, dtype)
         self._group: Group | None = None
         self._rows: Range | None = None
 
@@ -123,7 +121,10 @@ class TileStates:
 
 
 class FileStates:
-    """States in an unnamed scratch file, two slots each: a new version goes beside the old, then becomes current."""
+    """States in an unnamed scratch file, two slots each: a new version goes beside the old, then becomes current.
+
+    The state in memory is one block, which ``take`` gives.
+    """
 
     def __init__(
         self, queries: Cut, heads: int, value_dim: int, dtype: str, directory: str, take: Allocator = allocate
@@ -216,12 +217,12 @@ def _unnamed_file(directory: str) -> int:
     return descriptor
 
 
-def open_states(plan: Plan, home: np.ndarray | None, take: Allocator = allocate) -> StateStore:
-    """The store that ``plan`` asks for; ``home`` as in ``ResidentStates``; ``take(elements, dtype)`` gives memory."""
+def open_states(plan: Plan, home: np.ndarray | None) -> StateStore:
+    """The store that ``plan`` asks for on the CPU; ``home`` as in ``ResidentStates``."""
     chosen, problem = plan.chosen, plan.problem
     heads, dim, dtype = chosen.batches * chosen.heads, problem.value_dim, problem.compute_dtype
     if chosen.states_on_disk:
         return FileStates(plan.build_cover().queries, heads, dim, dtype, plan.budget.scratch)
     if chosen.cover == "rectangular":
-        return TileStates(chosen.residency.query_chunk, heads, dim, dtype, take)
-    return ResidentStates(problem.query_tokens, heads, dim, dtype, home, take)
+        return TileStates(chosen.residency.query_chunk, heads, dim, dtype)
+    return ResidentStates(problem.query_tokens, heads, dim, dtype, home)
