@@ -4,9 +4,12 @@ import json
 import os
 import subprocess
 import sys
+import threading
 from pathlib import Path
+from types import SimpleNamespace
 
 import cqsa_arrays
+from cqsa_arrays.kernels.cpu import kernel
 
 CHILD = """
 import json, logging, sys
@@ -83,3 +86,21 @@ assert len(attend_group.signatures) == 2, attend_group.signatures
 
 def test_a_kernel_runs_while_another_is_loaded(tmp_path):
     start_child(tmp_path, CALLS_WHILE_LOADING)
+
+
+def test_code_is_never_loaded_by_the_main_thread(monkeypatch) -> None:
+    """Else a signal that comes while llvmlite calls back through ctypes is lost, and the job goes on."""
+    loaded_by = []
+
+    class Dispatcher:
+        def __init__(self) -> None:
+            self.overloads = {}
+
+        def compile(self, wanted) -> None:
+            loaded_by.append(threading.current_thread())
+            self.overloads[wanted.args] = SimpleNamespace(entry_point="loaded")
+
+    monkeypatch.setattr(kernel, "attend_group", Dispatcher())
+    assert [kernel.load("float32"), kernel.load("float32"), kernel.load("float64")] == ["loaded"] * 3
+    assert len(loaded_by) == 2
+    assert threading.main_thread() not in loaded_by

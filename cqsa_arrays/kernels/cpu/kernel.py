@@ -10,6 +10,7 @@ import logging
 import threading
 from collections import deque
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 
@@ -31,16 +32,21 @@ def load(dtype: str) -> Callable[..., None]:
     """``attend_group`` for "float32" or "float64", compiled or loaded from Numba's cache on disk.
 
     The compiled function itself, past Numba's dispatcher: that would compile anew for every combination of strides.
+    Another thread loads it: llvmlite calls back through ctypes meanwhile, where the exception of a signal, which comes
+    to the main thread, would be lost and the job go on.
     """
+    wanted = signature(dtype)
     text = "compiling the %s kernel for this processor (once; later runs load it from disk)"
     note = threading.Timer(_PATIENCE_S, logger.info, [text, dtype])
     note.daemon = True
     note.start()
     try:
-        attend_group.compile(signature(dtype))
+        if wanted.args not in attend_group.overloads:
+            with ThreadPoolExecutor(1, thread_name_prefix="cqsa-load") as pool:
+                pool.submit(attend_group.compile, wanted).result()
     finally:
         note.cancel()
-    compiled: Callable[..., None] = attend_group.overloads[signature(dtype).args].entry_point
+    compiled: Callable[..., None] = attend_group.overloads[wanted.args].entry_point
     return compiled
 
 
