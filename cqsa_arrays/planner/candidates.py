@@ -203,7 +203,7 @@ def _priced(
     if machine.gpu:
         return Candidate(
             cover, *parts, *group, states, residency, device_terms(problem, residency), moved, scratch,
-            estimate_device_s(problem, residency, work, moved, machine, states),
+            estimate_device_s(problem, residency, work, moved, machine.rates, machine.cache_bytes, states),
             machine.tile_tokens, host_terms(problem, residency, states),
         )  # fmt: skip
     return Candidate(

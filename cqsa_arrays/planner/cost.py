@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Protocol
 
 from .memory import DISK, HOST, Residency, state_row_bytes
 from .problem import Problem
@@ -94,28 +93,17 @@ def estimate_s(
     return max(compute_s, disk_s) + copies_s + first_s + work.steps * rates.step_s
 
 
-class Pricing(Protocol):
-    """What of a machine decides prices."""
-
-    @property
-    def rates(self) -> Rates: ...
-
-    @property
-    def cache_bytes(self) -> int: ...
-
-
 def estimate_device_s(
-    problem: Problem, residency: Residency, work: Work, moved: Traffic, machine: Pricing, states: str
+    problem: Problem, residency: Residency, work: Work, moved: Traffic, rates: Rates, cache_bytes: int, states: str
 ) -> float:
     """Seconds on a GPU: arithmetic, link and disk side by side; then what nothing hides.
 
     That is the way of the first blocks to the device and of the last rows from it, and multiprocessors that fall idle
     where a launch has few blocks of rows.
     """
-    rates = machine.rates
     from_disk = problem.on_disk_bytes / max(1, problem.file_bytes)
     once, moved_in = from_disk * problem.file_bytes, from_disk * moved.input_read_bytes
-    disk_read = min(once, moved_in) if once <= machine.cache_bytes else moved_in
+    disk_read = min(once, moved_in) if once <= cache_bytes else moved_in
     disk_s = disk_read / rates.disk_read_bytes + moved.output_written_bytes / rates.disk_write_bytes
     state_s = {
         HOST: max(moved.state_read_bytes, moved.state_written_bytes) / rates.link_bytes,  # both ways at once

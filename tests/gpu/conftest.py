@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import importlib.util
+from pathlib import Path
 
 import numpy as np
 import pytest
+from gpu_cases import ours_alive
 
 from cqsa_arrays.devices import OLDEST, Gpu, gpus
 
@@ -36,3 +38,17 @@ def xp(request):
     import cupy
 
     return cupy
+
+
+@pytest.fixture
+def no_thread_is_left():
+    """This library's threads have ended when the test has."""
+    yield
+    assert not ours_alive()
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch) -> Path:
+    """An empty folder, the current one."""
+    monkeypatch.chdir(tmp_path)
+    return tmp_path

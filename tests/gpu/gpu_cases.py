@@ -20,6 +20,9 @@ BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
 DTYPES = [np.dtype("f2"), BFLOAT16, np.dtype("f4"), np.dtype("f8")]
 # Relative Frobenius error by type; of float32 more is asked than ``compare`` asks by itself.
 TOLERANCE = {name: 1e-6 if name == "float32" else bound.frobenius for name, bound in TOLERANCES.items()}
+# Steps in which the driver hands out memory.
+GRANULARITY = 2 << 20
+by_cover = pytest.mark.parametrize("cover", ["cqs", "rectangular"])
 by_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: dtype.name)
 
 

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import logging
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import pytest
 from gpu_cases import (
+    GRANULARITY,
     assert_close,
     by_dtype,
     device_free,
@@ -16,7 +16,6 @@ from gpu_cases import (
     exact,
     least_bytes,
     normal,
-    ours_alive,
     qkv,
 )
 
@@ -24,22 +23,9 @@ import cqsa_arrays as cqsa
 from cqsa_arrays import Options
 from cqsa_arrays.errors import DeviceMemoryError
 
-# Steps in which the driver hands out memory, and what a small budget's prediction may be off by.
-GRANULARITY, SMALL = 2 << 20, 12 << 20
-pytestmark = pytest.mark.usefixtures("gpu")
-by_cover = pytest.mark.parametrize("cover", ["cqs", "rectangular"])
-
-
-@pytest.fixture(autouse=True)
-def _no_thread_is_left():
-    yield
-    assert not ours_alive()
-
-
-@pytest.fixture
-def folder(tmp_path, monkeypatch) -> Path:
-    monkeypatch.chdir(tmp_path)
-    return tmp_path
+# What a small budget's prediction may be off by.
+SMALL = 12 << 20
+pytestmark = pytest.mark.usefixtures("gpu", "no_thread_is_left")
 
 
 # ---- the bound

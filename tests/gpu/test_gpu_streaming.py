@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gc
 import os
-from pathlib import Path
 
 import h5py
 import ml_dtypes
@@ -12,8 +11,10 @@ import numpy as np
 import pytest
 from gpu_cases import (
     BFLOAT16,
+    GRANULARITY,
     assert_close,
     assert_lse_close,
+    by_cover,
     by_dtype,
     device_free,
     exact,
@@ -28,22 +29,7 @@ from cqsa_arrays import Options
 from cqsa_arrays.storage import ArraySink, OutputFile
 from cqsa_arrays.storage.memory import HostSource
 
-# Steps in which the driver hands out memory, and what a small budget's prediction may be off by.
-GRANULARITY, SMALL = 2 << 20, 12 << 20
-pytestmark = pytest.mark.usefixtures("gpu")
-by_cover = pytest.mark.parametrize("cover", ["cqs", "rectangular"])
-
-
-@pytest.fixture(autouse=True)
-def _no_thread_is_left():
-    yield
-    assert not ours_alive()
-
-
-@pytest.fixture
-def folder(tmp_path, monkeypatch) -> Path:
-    monkeypatch.chdir(tmp_path)
-    return tmp_path
+pytestmark = pytest.mark.usefixtures("gpu", "no_thread_is_left")
 
 
 def store(arrays, storage: str, layout: str = "bhnd") -> tuple[str, str, str]:
