@@ -14,11 +14,11 @@ TILE_TOKENS = BLOCK_KEYS
 DEVICE_TILE_TOKENS = 128
 # Arrays on the device begin at multiples of this many bytes.
 DEVICE_ALIGNMENT = 512
-# Between files or arrays on the host and the device: page-locked pieces, and how many of them are under way.
+# Between files or arrays on the host and the device: page-locked pieces, and how many of them are under way. Smaller
+# ones take more of Python's time than the processor takes to fill them.
 PINNED_PIECE_BYTES = 4 << 20
 PINNED_PIECES = 8
-# Finished rows leave the device in smaller ones, each by a thread of its own: the last of them are waited for.
-DEVICE_OUTPUT_BYTES = 2 << 20
+# Finished rows leave the device in as large ones, each by a thread of its own.
 OUTPUT_SLOTS = 4
 READER_THREADS = 4
 # Where partial states wait between tasks: with the device or process that computes, on a GPU's host, in a file.
@@ -107,7 +107,7 @@ def output_slot(problem: Problem, residency: Residency) -> OutputSlot:
     """Large enough for the link, no larger than a chunk."""
     heads = min(residency.heads, problem.heads)
     row_bytes = heads * (problem.value_dim * problem.result.itemsize + problem.compute_itemsize)
-    rows = min(max(1, DEVICE_OUTPUT_BYTES // row_bytes), residency.query_chunk)
+    rows = min(max(1, PINNED_PIECE_BYTES // row_bytes), residency.query_chunk)
     return OutputSlot(heads, rows, _whole(rows * row_bytes + 8))  # the log-sum-exp begins on an 8-byte border
 
 

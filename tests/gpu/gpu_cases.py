@@ -98,6 +98,20 @@ def ours_alive() -> list[str]:
     return [thread.name for thread in threading.enumerate() if thread.name.startswith("cqsa-")]
 
 
+class Midway:
+    """Replaces a method of a class: the ``at``-th call raises ``error``."""
+
+    def __init__(self, monkeypatch, owner: type, name: str, error: BaseException, at: int = 5) -> None:
+        self.calls, self._at, self._error, self._usual = 0, at, error, getattr(owner, name)
+        monkeypatch.setattr(owner, name, lambda *given, **named: self(*given, **named))
+
+    def __call__(self, *given, **named):
+        self.calls += 1
+        if self.calls >= self._at:
+            raise self._error
+        return self._usual(*given, **named)
+
+
 def device_free() -> int:
     """Bytes that the driver says are free, with nothing left in CuPy's pool."""
     cupy = sys.modules["cupy"]

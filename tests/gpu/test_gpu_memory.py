@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 from dataclasses import replace
 
@@ -9,6 +10,7 @@ import numpy as np
 import pytest
 from gpu_cases import (
     GRANULARITY,
+    Midway,
     assert_close,
     by_dtype,
     device_free,
@@ -22,6 +24,7 @@ from gpu_cases import (
 import cqsa_arrays as cqsa
 from cqsa_arrays import Options
 from cqsa_arrays.errors import DeviceMemoryError
+from cqsa_arrays.storage import ArraySink
 
 # What a small budget's prediction may be off by.
 SMALL = 12 << 20
@@ -105,6 +108,19 @@ def test_a_budget_that_is_too_small_is_refused_before_anything_is_taken():
     with device_peak() as peak, pytest.raises(cqsa.BudgetError, match=f"Pass memory={least} or more"):
         cqsa.attention(*operands, device="cuda", memory=least // 2)
     assert peak() <= 0
+
+
+def test_an_error_midway_gives_the_memory_back(monkeypatch):
+    arrays = qkv(1, 3, 2000, 64, dtype="f2")
+    call = {"causal": True, "device": "cuda", "memory": least_bytes(*qkv(1, 3, 2000, 64, dtype="f2"), device="cuda")}
+    cqsa.attention(*arrays, **call)
+    before = device_free()
+    with monkeypatch.context() as patched:
+        Midway(patched, ArraySink, "write_out", OSError(5, "gone"))
+        with pytest.raises(OSError, match="gone"):
+            cqsa.attention(*arrays, **call)
+    gc.collect()
+    assert device_free() >= before - GRANULARITY
 
 
 @by_dtype

@@ -12,15 +12,11 @@ import numpy as np
 from cupy.cuda import runtime
 
 from ...planner import Group
-from ...planner.memory import READER_THREADS
 from ...ranges import Range
 from ...storage import DeviceSource, HostSource, TokenSource
 from ...workers import Workers
 from ..pages import block_bytes
 from .memory import Arena, PinnedPieces
-
-# Short blocks are read by all threads at once, in parts of no less than this: each takes Python some time.
-LEAST_PART_BYTES = 1 << 20
 
 
 @dataclass(slots=True)
@@ -207,8 +203,7 @@ class DevicePages:
         """The parts of a block, no larger than a piece."""
         dim, itemsize = self._source.shape[3], self._source.dtype.itemsize
         vector_bytes = dim * itemsize
-        shared = block_bytes(self._source, group, tokens) // READER_THREADS
-        most = min(self._link.pieces.size_bytes, max(LEAST_PART_BYTES, shared))
+        most = self._link.pieces.size_bytes
         assert len(group.heads) * len(group.batch) <= self._heads
         for b, batch in enumerate(group.batch.split(1)):
             if self._source.token_major:

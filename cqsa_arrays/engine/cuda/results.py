@@ -85,8 +85,7 @@ class DeviceOutput:
         self._raise_errors()
         ready, state = finished.lane.record(), finished.state.statistics
         assert state is not None, "rows leave through a state"
-        parts = len(Range(0, len(finished.rows)).split(self._piece_rows))
-        cut = Cut(len(finished.rows), min(-(-parts // OUTPUT_SLOTS) * OUTPUT_SLOTS, len(finished.rows)), 1)
+        cut = Cut(len(finished.rows), -(-len(finished.rows) // self._piece_rows), 1)
         batches = list(enumerate(finished.group.batch.split(1)))
         pieces = [(b, batch, piece) for b, batch in batches for piece in map(cut.__getitem__, range(len(cut)))]
         left = _Countdown(len(pieces), lambda: finished.release(None))
