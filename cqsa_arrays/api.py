@@ -8,10 +8,11 @@ from typing import Any
 
 from .block_statistics import BlockStatistics
 from .errors import ArgumentError
-from .job import Request, attend, collect_statistics, prepared
+from .job import Request, collect_statistics, prepared
 from .masks import UNBOUNDED_DIAGONAL, Causal, Mask
 from .options import Options
 from .planner import Plan
+from .resumable import attend
 from .storage import OpenedFile, open_file
 
 DEFAULTS = Options()

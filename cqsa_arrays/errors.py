@@ -33,3 +33,11 @@ class DeviceMemoryError(DeviceError, MemoryError):
 
 class StorageError(CqsaError, OSError):
     """A file, data set or disk that cannot be read or written as asked."""
+
+
+class JobStopped(CqsaError):
+    """A job that was asked to stop: everything done is committed, and another run goes on from there."""
+
+
+class JobBusyError(CqsaError):
+    """A job of which other processes compute all that is left."""

@@ -20,7 +20,16 @@ from .errors import ArgumentError, BudgetError, DeviceMemoryError
 from .kernels.cuda.variants import variant_for
 from .masks import Mask
 from .options import Options
-from .planner import Budget, Plan, Problem, Result, choose, mask_to_dict, output_piece_rows
+from .planner import (
+    Budget,
+    Plan,
+    Problem,
+    Result,
+    choose,
+    durability,
+    mask_to_dict,
+    output_piece_rows,
+)
 from .storage import ArraySink, OutputFile, Sink, TokenSource, dataset_in, output_staging_bytes
 from .units import format_bytes
 from .version import __version__
@@ -46,6 +55,7 @@ class Request:
     dtype: Any = None
     out: Any = None
     options: Options = field(default_factory=Options)
+    moves: bool = False  # an unfinished job may go on on another device
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,7 +90,14 @@ def prepared(request: Request, *, as_statistics: bool = False) -> Iterator[Job]:
         scale = arguments.resolve_scale(request.scale, inputs.q.shape[3])
         problem = arguments.build_problem(inputs, result, mask, scale, gpu)
         budget = arguments.resolve_budget(request.memory, request.options, request.out, gpu)
-        yield Job(request, inputs, gpu, _plan(problem, budget, request.options, gpu))
+        plan = _plan(problem, budget, request.options, gpu)
+        yield Job(request, inputs, gpu, as_durable(plan, request.options, gpu) if request.options.durable else plan)
+
+
+def as_durable(plan: Plan, options: Options, gpu: Gpu | None, lanes: int | None = None) -> Plan:
+    """``plan`` as one of a job that can be resumed."""
+    rates, lanes = arguments.machine(options, gpu).rates, options.lanes if lanes is None else lanes
+    return replace(plan, durability=durability(plan.problem, plan.chosen, rates, lanes, options.checkpoint_s))
 
 
 def _placed(result: Result, gpu: Gpu | None, stays: bool) -> Result:
@@ -100,7 +117,7 @@ def _plan(problem: Problem, budget: Budget, options: Options, gpu: Gpu | None) -
     machine, chunks = arguments.machine(options, gpu), arguments.resolve_chunks(options)
     try:
         plan = choose(problem, budget, machine, cover=options.cover, chunks=chunks, device=gpu.name if gpu else "cpu")
-        return plan if gpu is None else replace(plan, kernel=_kernel(problem, gpu))
+        return plan if gpu is None else replace(plan, kernel=kernel_name(problem, gpu))
     except BudgetError as error:
         # Statistics have no other place; an output has.
         if problem.result.place != "new array" or problem.result.row_scalars:
@@ -109,7 +126,7 @@ def _plan(problem: Problem, budget: Budget, options: Options, gpu: Gpu | None) -
         raise BudgetError(f"{error} Or pass out='out.h5': then the result, {size}, is not in memory.") from None
 
 
-def _kernel(problem: Problem, gpu: Gpu) -> str:
+def kernel_name(problem: Problem, gpu: Gpu) -> str:
     """What computes on ``gpu``, for people."""
     return str(variant_for(problem.q.dtype, problem.head_dim, problem.value_dim, gpu.capability, problem.scale))
 
@@ -154,7 +171,7 @@ def attend(job: Job) -> tuple[Any, RunReport]:
     if problem.result.place == "file":
         with OutputFile.create(
             request.out, shape=shape, dtype=dtype, layout=layout, lse_dtype=np.dtype(problem.compute_dtype),
-            attributes=_attributes(job), overwrite=request.options.overwrite, inputs=_paths(inputs),
+            attributes=output_attributes(job), overwrite=request.options.overwrite, inputs=input_paths(inputs),
         ) as file:  # fmt: skip
             report = _run(job, _output_results(job, file, None))
             file.finish()
@@ -209,10 +226,10 @@ def _run(job: Job, results: OutputResults | StatisticsResults) -> RunReport:
             try:
                 return run(plan, job.inputs, results, progress)
             except DeviceMemoryError as error:  # met before anything is computed
-                plan = _smaller(plan, error, job)
+                plan = smaller_plan(plan, error, job)
 
 
-def _smaller(plan: Plan, error: DeviceMemoryError, job: Job) -> Plan:
+def smaller_plan(plan: Plan, error: DeviceMemoryError, job: Job) -> Plan:
     """A plan for what the device has left now; DeviceMemoryError where that is no less than what was planned."""
     left = int(error.free_bytes * FREE_SHARE)
     if left >= plan.memory_bytes:
@@ -232,12 +249,13 @@ def _like(array: Any, model: Any) -> Any:
     return takes_over(array) if hasattr(model, "__dlpack__") and takes_over is not None else array
 
 
-def _paths(inputs: Inputs) -> list[str]:
+def input_paths(inputs: Inputs) -> list[str]:
+    """The files of the inputs that are in files."""
     found = (source.identity.get("path") for source in (inputs.q, inputs.k, inputs.v))
     return [path for path in found if isinstance(path, str)]
 
 
-def _attributes(job: Job) -> dict[str, object]:
+def output_attributes(job: Job) -> dict[str, object]:
     """What ``verify`` needs to find the inputs again, and how the file was made."""
 
     def describe(source: TokenSource) -> dict[str, object]:

@@ -17,6 +17,12 @@ class Options:
     processor that this process may use; a plan gives the same bits for any number, but under a tight budget the memory
     of more threads can lead to another plan. ``overwrite``: whether an existing output file may be replaced.
     ``progress``: show a progress bar on standard error where that is a terminal.
+
+    ``durable`` (needs ``out`` to be a path): what is done is committed in the folder ``out + ".job"``, and after any
+    interruption the same call goes on from there. ``lanes``: so many shares of the work, which several processes may
+    compute at once; they are part of the plan, and belong to a durable job. ``checkpoint_s``: seconds between commits
+    (default: as often as costs 3 % of the time at most). ``max_time_s``: stop after so many seconds, with everything
+    committed. ``restart``: drop an unfinished job of this output and begin anew.
     """
 
     host_memory: int | str | None = None
@@ -26,3 +32,8 @@ class Options:
     threads: int | None = None
     overwrite: bool = False
     progress: bool = False
+    durable: bool = False
+    lanes: int = 1
+    checkpoint_s: float | None = None
+    max_time_s: float | None = None
+    restart: bool = False

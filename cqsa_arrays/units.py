@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from fractions import Fraction
-from numbers import Integral
+from numbers import Integral, Real
 
 from .errors import ArgumentError
 
@@ -14,6 +14,9 @@ _FACTORS = {
     "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12,
 }  # fmt: skip
 _PATTERN = re.compile(r"\s*(\d{1,30}(?:\.\d{0,30})?|\.\d{1,30})\s*([A-Za-z]*)\s*", re.ASCII)
+
+_UNITS_S = {"": 1, "s": 1, "min": 60, "h": 3600, "d": 86400}
+_TIME = re.compile(r"\s*(\d{1,15}(?:\.\d{0,15})?|\.\d{1,15})\s*([A-Za-z]*)\s*", re.ASCII)
 
 
 def parse_bytes(value: int | str, argument: str) -> int:
@@ -38,6 +41,23 @@ def parse_bytes(value: int | str, argument: str) -> int:
         'a positive number of bytes, as an int or as text with B, KiB, MiB, GiB, TiB, KB, MB, GB or TB ("512MiB")',
         f"Pass for example {argument}='2GiB'.",
     )
+
+
+def parse_seconds(value: float | str, argument: str) -> float:
+    """Seconds of ``value``: a number of at least 0, or text such as "90s", "10min", "8h" or "2d".
+
+    Raises ArgumentError, naming ``argument``, for anything else.
+
+    >>> parse_seconds("1.5h", "max_time")
+    5400.0
+    """
+    match = _TIME.fullmatch(value) if isinstance(value, str) else None
+    if match and match[2].lower() in _UNITS_S:
+        return float(match[1]) * _UNITS_S[match[2].lower()]
+    if isinstance(value, Real) and not isinstance(value, bool) and 0 <= value < float("inf"):
+        return float(value)
+    expected = 'seconds as a number of at least 0, or text with s, min, h or d ("90s", "8h")'
+    raise ArgumentError(argument, repr(value), expected, f"Pass for example {argument}='10min'.")
 
 
 def format_bytes(size_bytes: float) -> str:

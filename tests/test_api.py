@@ -19,9 +19,9 @@ import pytest
 
 import cqsa_arrays as cqsa
 from cqsa_arrays import Options
-from cqsa_arrays.engine.states import FileStates
+from cqsa_arrays.engine.states import FileStates, scratch_file
 from cqsa_arrays.planner.plan import Group
-from cqsa_arrays.ranges import Cut, Range
+from cqsa_arrays.ranges import Range
 from cqsa_arrays.storage import DiskArray, InputSpec, make_inputs
 
 BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
@@ -415,7 +415,7 @@ def test_statistics_that_do_not_fit_do_not_speak_of_out():
 @pytest.fixture
 def states(tmp_path):
     """States of 2 heads, 300 rows in 3 chunks, and what is written to each."""
-    made = FileStates(Cut(300, 3, 10), heads=2, value_dim=4, dtype="f4", directory=str(tmp_path))
+    made = FileStates(scratch_file(str(tmp_path), 300, 2 * 6 * 4), 100, heads=2, value_dim=4, dtype="f4")
     made.begin(Group(Range(0, 1), Range(0, 2)))
     assert os.listdir(tmp_path) == []  # it has no name
     yield made
@@ -435,13 +435,13 @@ def holds(states: FileStates, rows: Range, number: float) -> bool:
 
 
 def test_file_states_are_empty_at_first_and_for_each_group(states):
-    for _ in range(2):
+    for group in range(2):
         for rows in Range(0, 300).split(100):
             state = states.load(rows)
             assert (state.m == -np.inf).all() and (state.l == 0).all()  # noqa: PT018
             fill(states, rows, rows.start + 1.0)
         assert all(holds(states, rows, rows.start + 1.0) for rows in Range(0, 300).split(100))
-        states.begin(Group(Range(0, 1), Range(0, 2)))
+        states.begin(Group(Range(0, 1), Range(0, 2), index=group + 1))
     assert states.moved_bytes == 2 * 3 * 2 * (100 * 2 * 6 * 4)  # groups, chunks, one store and one load
 
 
@@ -451,16 +451,16 @@ def test_the_old_version_survives_until_the_new_one_is_written(states, versions,
     for version in range(versions):
         for rows in (first, second, third):
             fill(states, rows, rows.start + version)
-    write, calls = os.pwritev, []
+    write, calls = os.pwrite, []
 
-    def dies(descriptor: int, buffers: list[memoryview], position: int) -> int:
+    def dies(descriptor: int, data: memoryview, position: int) -> int:
         """Half of the state is written over, then the disk is gone."""
         calls.append(position)
         if len(calls) == 2:
             raise OSError(errno.EIO, "gone")
-        return write(descriptor, [buffers[0][: len(buffers[0]) // 2]], position)
+        return write(descriptor, data[: len(data) // 2], position)
 
-    monkeypatch.setattr(os, "pwritev", dies)
+    monkeypatch.setattr(os, "pwrite", dies)
     with pytest.raises(cqsa.StorageError, match=r"scratch: .*gone"):
         fill(states, second, -1.0)
     monkeypatch.undo()
@@ -471,9 +471,9 @@ def test_the_old_version_survives_until_the_new_one_is_written(states, versions,
 
 
 def test_short_transfers_of_states_are_completed(states, monkeypatch):
-    read, write = os.preadv, os.pwritev
+    read, write = os.preadv, os.pwrite
     monkeypatch.setattr(os, "preadv", lambda fd, buffers, at: read(fd, [buffers[0][:1000]], at))
-    monkeypatch.setattr(os, "pwritev", lambda fd, buffers, at: write(fd, [buffers[0][:1000]], at))
+    monkeypatch.setattr(os, "pwrite", lambda fd, data, at: write(fd, data[:1000], at))
     for rows in Range(0, 300).split(100):
         fill(states, rows, rows.start + 5.0)
     assert all(holds(states, rows, rows.start + 5.0) for rows in Range(0, 300).split(100))

@@ -421,7 +421,7 @@ def test_an_unwritable_folder_is_refused(mounted, capsys):
 
 @pytest.mark.skipif(not os.path.isdir("/proc/self"), reason="needs a folder in which nobody can make files")
 def test_a_folder_that_takes_no_files_is_refused(folder, capsys):
-    inputs, says = write_inputs(Path("in.h5"), X), "/proc/out.h5.*: cannot be allocated|folder is not writable"
+    inputs, says = write_inputs(Path("in.h5"), X), "/proc/out.h5.*(No such file|folder is not writable)"
     with pytest.raises((ArgumentError, StorageError), match=says):
         attend_to_file(inputs, "/proc/out.h5")
     refused_by_command(capsys, says, "attend", inputs, "-o", "/proc/out.h5")
@@ -559,7 +559,8 @@ def test_the_command_refuses_in_one_line(line, says, folder, capsys):
         ("plan in.h5 --chunks many", "--chunks: invalid int value: 'many'"),
         ("attend in.h5", "required: -o/--out"),
         ("plan", "required: QKV.h5"),
-        ("resume", "invalid choice: 'resume'"),
+        ("resume", "required: OUT.h5"),
+        ("finish", "invalid choice: 'finish'"),
         ("", "required: COMMAND"),
     ],
 )

@@ -8,32 +8,56 @@ from dataclasses import asdict
 
 from .. import api
 from ..comparison import compare as compare_arrays
+from ..durable import Stop
+from ..durable import status as job_status
 from ..errors import ArgumentError
 from ..job import Request, prepared
-from ..job import attend as run_job
 from ..options import Options
+from ..partial import verify_partial
 from ..recomputation import compare_with_device
+from ..resumable import attend as run_job
+from ..resumable import resumed
 from ..storage import InputSpec, dataset, describe, make_inputs
 from ..units import format_bytes, format_seconds
 from ..verification import verify as verify_file
+from .signals import stopped_by_signals
 
 
 def attend(arguments: Namespace) -> bool:
-    """Compute and write; print a summary."""
-    with prepared(_request(arguments, progress=not arguments.quiet)) as job:
-        output, report = run_job(job)
+    """Compute and write, or go on with it; print a summary."""
+    _run(_request(arguments, progress=not arguments.quiet), arguments)
+    return True
+
+
+def resume(arguments: Namespace) -> bool:
+    """Go on with an unfinished job."""
+    arguments.out = arguments.path
+    options = Options(progress=not arguments.quiet)
+    _run(resumed(arguments.path, device=arguments.device, memory=arguments.memory, options=options), arguments)
+    return True
+
+
+def _run(request: Request, arguments: Namespace) -> None:
+    """Run a durable job that signals and the limit of time stop where everything is committed."""
+    with prepared(request) as job, stopped_by_signals(Stop(arguments.max_time)) as stop:
+        output, report = run_job(job, stop)
         if arguments.json:
             print(json.dumps({"out": arguments.out, **asdict(report), "plan": job.plan.to_dict()}))
         elif not arguments.quiet:
-            rate = report.flops / report.elapsed_s / 1e9
             print(f"{arguments.out}: /out {output.layout}{output.shape} {output.dtype.name}, and /lse")
             print(
-                f"{format_seconds(report.elapsed_s)}, {rate:.1f} GFLOP/s, {job.plan.cover_name} cover,"
+                f"{format_seconds(report.elapsed_s)}, {report.rate / 1e9:.1f} GFLOP/s, {job.plan.cover_name} cover,"
                 f" read {format_bytes(report.input_read_bytes)},"
                 f" moved {format_bytes(report.state_moved_bytes)} of states,"
                 f" held at most {format_bytes(job.plan.memory_bytes)} on {job.plan.device}"
             )
             print(f"check it: cqsa verify {arguments.out}")
+
+
+def status(arguments: Namespace) -> bool:
+    """Print how far a job is."""
+    found = job_status(arguments.path)
+    print(found.to_json() if arguments.json else found)
     return True
 
 
@@ -46,7 +70,8 @@ def plan(arguments: Namespace) -> bool:
 
 def verify(arguments: Namespace) -> bool:
     """Print the error report of an output file."""
-    report = verify_file(arguments.path, rows=arguments.rows, seed=arguments.seed, tolerance=arguments.tolerance)
+    check = verify_partial if arguments.partial else verify_file
+    report = check(arguments.path, rows=arguments.rows, seed=arguments.seed, tolerance=arguments.tolerance)
     print(report.to_json() if arguments.json else report)
     return report.passed
 
@@ -110,12 +135,13 @@ def _request(arguments: Namespace, *, progress: bool) -> Request:
         raise ArgumentError("--causal", "both --causal and --offset", "one of them", "--offset 0 is --causal.")
     options = Options(
         host_memory=arguments.host_memory, scratch=arguments.scratch, cover=arguments.cover, chunks=arguments.chunks,
-        threads=arguments.threads, overwrite=getattr(arguments, "overwrite", True), progress=progress,
+        threads=arguments.threads, overwrite=getattr(arguments, "overwrite", True), progress=progress, durable=True,
+        lanes=arguments.lanes, checkpoint_s=arguments.checkpoint, restart=getattr(arguments, "restart", False),
     )  # fmt: skip
-    sources = {name: getattr(arguments, name) or f"{arguments.input}:/{name}" for name in "qkv"}
+    q, k, v = (getattr(arguments, name) or f"{arguments.input}:/{name}" for name in "qkv")
     mask = None if arguments.offset is None else api.causal(arguments.offset)
     return Request(
-        **sources, causal=arguments.causal, mask=mask, scale=arguments.scale, layout=arguments.layout,
+        q=q, k=k, v=v, causal=arguments.causal, mask=mask, scale=arguments.scale, layout=arguments.layout,
         memory=arguments.memory, device=arguments.device, dtype=arguments.dtype, out=arguments.out,
         options=options,
     )  # fmt: skip

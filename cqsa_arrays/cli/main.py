@@ -1,11 +1,12 @@
 """Entry of the command: parses, runs one subcommand, turns errors into messages and exit codes.
 
-Exit codes: 0 done; 1 a comparison or verification failed; 2 input that cannot be used; 130 interrupted;
-141 nobody read the output; 143 terminated.
+Exit codes: 0 done; 1 a comparison or verification failed; 2 input that cannot be used; 3 a job that is not finished
+yet, everything done so far being committed; 130 interrupted; 141 nobody read the output; 143 terminated.
 """
 
 from __future__ import annotations
 
+import argparse
 import logging
 import os
 import signal
@@ -13,10 +14,11 @@ import sys
 from collections.abc import Sequence
 from types import FrameType
 
-from ..errors import CqsaError
+from ..errors import CqsaError, JobBusyError, JobStopped
 from .parser import build_parser
+from .reasons import INTERRUPTED_BY, TERMINATED_BY
 
-FAILED, UNUSABLE, INTERRUPTED, UNREAD, TERMINATED = 1, 2, 130, 141, 143
+FAILED, UNUSABLE, UNFINISHED, INTERRUPTED, UNREAD, TERMINATED = 1, 2, 3, 130, 141, 143
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -32,17 +34,33 @@ def main(argv: Sequence[str] | None = None) -> int:
         succeeded = getattr(commands, arguments.command)(arguments)
         sys.stdout.flush()
         return 0 if succeeded else FAILED
+    except (JobStopped, JobBusyError) as error:
+        print(f"cqsa {arguments.command}: {error}{_go_on(arguments)}", file=sys.stderr)
+        return {INTERRUPTED_BY: INTERRUPTED, TERMINATED_BY: TERMINATED}.get(str(error), UNFINISHED)
     except CqsaError as error:
         message = " ".join(str(error).split())  # what HDF5 says may have several lines
-        print(f"cqsa {arguments.command}: {message}", file=sys.stderr)
+        print(f"cqsa {arguments.command}: {message}{_go_on(arguments)}", file=sys.stderr)
         return UNUSABLE
     except KeyboardInterrupt:
-        print(f"cqsa {arguments.command}: interrupted; nothing unfinished is left behind", file=sys.stderr)
+        left = _go_on(arguments) or "; nothing unfinished is left behind"
+        print(f"cqsa {arguments.command}: interrupted{left}", file=sys.stderr)
         return INTERRUPTED
     except BrokenPipeError:
         # The reader of our output is gone, as in `cqsa info x.h5 | head`: nothing is left to say to it.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return UNREAD
+
+
+def _go_on(arguments: argparse.Namespace) -> str:
+    """How to go on with what a command that runs jobs has left, if it has left something."""
+    out = getattr(arguments, "out", None)
+    if arguments.command not in ("attend", "resume") or out is None:
+        return ""
+    from ..durable import JobFolder  # heavy, as the commands are
+
+    if not JobFolder(out).exists:
+        return ""
+    return f"; what was committed is kept: cqsa resume {out}"
 
 
 def _terminate(number: int, frame: FrameType | None) -> None:

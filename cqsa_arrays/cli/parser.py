@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 import math
 
+from ..errors import ArgumentError
+from ..units import parse_seconds
 from ..version import __version__
 
 
@@ -20,7 +22,17 @@ def build_parser() -> argparse.ArgumentParser:
     _add_problem(attend)
     attend.add_argument("-o", "--out", required=True, metavar="OUT.h5", help="HDF5 file to write: /out and /lse")
     attend.add_argument("--overwrite", action="store_true", help="replace an existing output file")
-    attend.add_argument("--quiet", action="store_true", help="no progress bar and no summary")
+    attend.add_argument("--restart", action="store_true", help="drop an unfinished job of this output, begin anew")
+    _add_run(attend)
+
+    resume = commands.add_parser("resume", help="go on with an unfinished job where it was committed last")
+    resume.add_argument("path", metavar="OUT.h5", help="the output of the job")
+    resume.add_argument("--device", help="go on there: cpu, cuda, ... (default: where the job was begun)")
+    resume.add_argument("--memory", help="another budget (default: that of the job)")
+    _add_run(resume)
+
+    status = commands.add_parser("status", help="show how far an unfinished job is, running or not")
+    status.add_argument("path", metavar="OUT.h5", help="the output of the job")
 
     plan = commands.add_parser("plan", help="show what attend would do, without reading any data")
     _add_problem(plan)
@@ -31,6 +43,7 @@ def build_parser() -> argparse.ArgumentParser:
     verify.add_argument("--rows", type=_rows, default=256, metavar="N", help='tokens to check, or "all" (default 256)')
     verify.add_argument("--seed", type=int, default=0, help="seed of the sample (default 0)")
     verify.add_argument("--tolerance", type=_tolerance, help="relative Frobenius error to allow (default: by dtype)")
+    verify.add_argument("--partial", action="store_true", help="an unfinished job: rows against the keys seen so far")
 
     compare = commands.add_parser(
         "compare", help="error report of one data set against another, or of an output file against another device"
@@ -56,7 +69,7 @@ def build_parser() -> argparse.ArgumentParser:
     demo.add_argument("--memory", default="64MiB", help="budget (default 64MiB)")
     demo.add_argument("--keep", action="store_true", help="keep the HDF5 files of the run")
 
-    for command in (attend, plan, verify, compare, make, info, demo):
+    for command in (attend, resume, status, plan, verify, compare, make, info, demo):
         command.add_argument("--json", action="store_true", help="print JSON instead of text")
     return parser
 
@@ -79,6 +92,13 @@ def _add_problem(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--cover", default="auto", help="auto, cqs or rectangular (default auto)")
     parser.add_argument("--chunks", type=int, help="number of chunks of the CQS cover (default: chosen)")
     parser.add_argument("--threads", type=int, help="threads (default: every processor)")
+    parser.add_argument("--lanes", type=int, default=1, help="shares that several processes may compute (default 1)")
+    parser.add_argument("--checkpoint", type=_seconds, metavar="TIME", help="time between commits (default: planned)")
+
+
+def _add_run(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--max-time", type=_seconds, metavar="TIME", help='stop after, with all committed: "90s", "8h"')
+    parser.add_argument("--quiet", action="store_true", help="no progress bar and no summary")
 
 
 def _add_make(parser: argparse.ArgumentParser) -> None:
@@ -104,6 +124,13 @@ def _rows(text: str) -> int | None:
         return None if text == "all" else int(text)
     except ValueError as error:
         raise argparse.ArgumentTypeError(f'{text!r}: expected a whole number or "all"') from error
+
+
+def _seconds(text: str) -> float:
+    try:
+        return parse_seconds(text, "time")
+    except ArgumentError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
 
 
 def _tolerance(text: str) -> float:

@@ -5,23 +5,14 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
 from typing import Protocol
 
 from ..cover import Step
 from ..planner import Group
+from .schedule import Work
 
 # Steps may be so short that many of them have few bytes.
 MOST_STEPS = 256
-
-
-@dataclass(frozen=True, slots=True)
-class Work:
-    """One step of one group of heads; ``ends_task`` is the task that it completes. A dead task has no step."""
-
-    group: Group
-    step: Step | None
-    ends_task: int | None
 
 
 class Prefetching(Protocol):
@@ -71,7 +62,9 @@ class ReadAhead:
             if not self._is_there(len(self._asked)):
                 break
             work = self._coming[len(self._asked)]
-            self._asked.append(0 if work.step is None else self._operands.size_bytes(work.group, work.step))
+            self._asked.append(0)
+            if work.step is not None and work.begins_step:
+                self._asked[-1] = self._operands.size_bytes(work.group, work.step)
             self._asked_bytes += self._asked[-1]
             wanted.append(work)
         if wanted:
@@ -79,7 +72,7 @@ class ReadAhead:
 
     def _prefetch(self, works: list[Work]) -> None:
         for work in works:
-            if work.step is not None:
+            if work.step is not None and work.begins_step:
                 self._operands.prefetch(work.group, work.step)
 
     def _is_there(self, index: int) -> bool:

@@ -6,19 +6,20 @@ On a GPU the loop is the same and runs ahead of the device: blocks, kernels and 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import ExitStack, closing
 from dataclasses import dataclass
-from itertools import chain, pairwise
 
-from ..cover import Cover, Step
-from ..planner import Group, Plan
+from ..cover import Step
+from ..planner import Plan
 from ..ranges import Range
-from .ahead import ReadAhead, Work
+from .ahead import ReadAhead
 from .allocation import allocate
+from .checkpoint import NO_CHECKPOINT, Checkpoint
 from .progress import Progress
 from .resident import Inputs
 from .results import Results
+from .schedule import Schedule
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,43 +31,62 @@ class RunReport:
     input_read_bytes: int
     state_moved_bytes: int
 
+    @property
+    def rate(self) -> float:
+        """Floating-point operations a second."""
+        return self.flops / max(self.elapsed_s, 1e-9)
 
-def run(plan: Plan, inputs: Inputs, results: Results, progress: Progress) -> RunReport:
-    """Compute every row of the plan's problem and hand it to ``results`` once its last key has been seen."""
+    def __add__(self, other: RunReport) -> RunReport:
+        return RunReport(
+            self.elapsed_s + other.elapsed_s, self.flops + other.flops,
+            self.input_read_bytes + other.input_read_bytes, self.state_moved_bytes + other.state_moved_bytes,
+        )  # fmt: skip
+
+
+def run(
+    plan: Plan,
+    inputs: Inputs,
+    results: Results,
+    progress: Progress,
+    checkpoint: Checkpoint = NO_CHECKPOINT,
+    lane: int = 0,
+) -> RunReport:
+    """Compute the rows of one lane and hand each to ``results`` once its last key has been seen.
+
+    Where the tasks of a group are shared by several lanes, its states are left in the file of ``checkpoint`` instead.
+    """
     start, before = time.perf_counter(), _bytes_read(inputs)
     cover = plan.build_cover()
+    order = Schedule(plan.groups, cover, plan.part_rows, plan.lanes, lane)
     with ExitStack() as stack:
         in_place = plan.states_in_result and results.home is not None
-        resident = allocate(plan, inputs, results, results.home if in_place else None, stack)
-        works = schedule(plan.groups, cover)
+        home = results.home if in_place else None
+        resident = allocate(plan, inputs, results, home, checkpoint.states, stack)
+        works = order.works(checkpoint.start)
         ahead = stack.enter_context(closing(ReadAhead(works, resident.operands, resident.read_ahead_bytes)))
         current = None
         for work, upcoming in ahead:
+            checkpoint.reached(work.position, resident)
             if work.group is not current:
                 resident.begin(current := work.group)
             if work.step is not None:
                 blocks = resident.operands.load(work.step)
                 ahead.request()  # only now is it known which blocks this step has driven out
-                resident.attend(work.step, *blocks, _tell(plan, work.step, progress))
-                if upcoming is not None and upcoming.step is not None:
+                resident.attend(work, *blocks, _tell(plan, work.step, progress))
+                if upcoming is not None and upcoming.step is not None and upcoming.begins_step:
                     resident.preload(upcoming.group, upcoming.step)
-            if work.ends_task is not None:
+            checkpoint.done(work)
+            if work.ends_task is not None and not plan.lanes_meet:
                 for rows in cover.finished_by(work.ends_task):
                     resident.take(work.group, rows, in_place=in_place)
+                    checkpoint.finished(work.group.index, rows)
+            elif work.ends_group:
+                resident.settle()
+                resident.save()
+        checkpoint.reached(order.end, resident)
         resident.drain()
         moved = resident.states.moved_bytes
     return RunReport(time.perf_counter() - start, plan.problem.flops, _bytes_read(inputs) - before, moved)
-
-
-def schedule(groups: tuple[Group, ...], cover: Cover) -> Iterator[Work]:
-    """The order of the work, made one step at a time."""
-    for group in groups:
-        for task in cover.tasks():
-            step = None
-            for step, following in pairwise(chain(task.steps(), (None,))):
-                yield Work(group, step, None if following else task.index)
-            if step is None:
-                yield Work(group, None, task.index)
 
 
 def _tell(plan: Plan, step: Step, progress: Progress) -> Callable[[Range], None]:

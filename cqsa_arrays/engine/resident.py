@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, Generic, Protocol, TypeVar
 
+from ..block_statistics import BlockStatistics
 from ..cover import Step
 from ..kernels.base import Kernel, KeyBlock
 from ..planner import Group, Problem
@@ -13,6 +14,7 @@ from ..ranges import Range
 from ..storage import TokenSource
 from .pages import Pages
 from .results import Results
+from .schedule import Work
 from .states import StateStore
 
 
@@ -96,14 +98,20 @@ class Resident(Protocol):
     def begin(self, group: Group) -> None:
         """Turn to another group of heads."""
 
-    def attend(self, step: Step, queries: Any, blocks: list[KeyBlock], done: Callable[[Range], None]) -> None:
-        """Merge the statistics of the query range against its key ranges, loaded last, into its state."""
+    def attend(self, work: Work, queries: Any, blocks: list[KeyBlock], done: Callable[[Range], None]) -> None:
+        """Merge the statistics of the rows of ``work`` against its key ranges, loaded last, into their state."""
 
     def preload(self, group: Group, step: Step) -> None:
         """Bring the blocks of the next step over while this one computes, where that is another memory."""
 
     def take(self, group: Group, rows: Range, *, in_place: bool) -> None:
         """Hand out ``rows``, which are finished."""
+
+    def settle(self) -> None:
+        """Return once everything put under way is computed and the rows handed out are written."""
+
+    def save(self) -> None:
+        """Write the states that have changed to the file of the job; ``settle`` comes first."""
 
     def drain(self) -> None:
         """Wait for work that is under way."""
@@ -132,19 +140,31 @@ class HostResident:
         self.operands.begin(group)
         self.states.begin(group)
 
-    def attend(self, step: Step, queries: Any, blocks: list[KeyBlock], done: Callable[[Range], None]) -> None:
+    def attend(self, work: Work, queries: Any, blocks: list[KeyBlock], done: Callable[[Range], None]) -> None:
+        step = work.step
+        assert step is not None
         state = self.states.load(step.queries)
+        rows = slice(work.rows.start - step.queries.start, work.rows.stop - step.queries.start)
+        part = BlockStatistics(state.acc[:, :, rows], state.m[:, :, rows], state.l[:, :, rows])
         self.kernel.accumulate(
-            queries, step.queries.start, blocks, state,
+            queries[:, :, rows], work.rows.start, blocks, part,
             diagonal=self.problem.mask.diagonal, scale=self.problem.scale, done=done,
         )  # fmt: skip
-        self.states.store(step.queries, state)
+        if work.ends_step:
+            self.states.store(step.queries, state)
 
     def preload(self, group: Group, step: Step) -> None:
         """Nothing to do: blocks are read where they are computed on."""
 
     def take(self, group: Group, rows: Range, *, in_place: bool) -> None:
         self.results.take(group, rows, self.states.load(rows), in_place=in_place)
+        self.states.finished(rows)
+
+    def settle(self) -> None:
+        """Nothing to do."""
+
+    def save(self) -> None:
+        self.states.save()
 
     def drain(self) -> None:
         """Nothing to do."""

@@ -15,9 +15,10 @@ from ..block_statistics import BlockStatistics
 from ..buffers import allocate
 from ..errors import StorageError
 from ..planner import Group, Plan
-from ..ranges import Cut, Range
-from ..storage import reserve
+from ..ranges import Range
+from ..storage import RawFile, reserve
 from ..units import format_bytes
+from .statefile import StateFile
 
 # Gives memory for so many elements of a dtype.
 Allocator = Callable[[int, str], Any]
@@ -26,10 +27,12 @@ Allocator = Callable[[int, str], Any]
 class StateStore(Protocol):
     """States of the query ranges that one cover hands out, for one group of heads at a time."""
 
-    moved_bytes: int
+    @property
+    def moved_bytes(self) -> int:
+        """Bytes that were written to a file and read back."""
 
     def begin(self, group: Group) -> None:
-        """Forget everything: no row of ``group`` has seen a key."""
+        """Turn to ``group``, of which no row has seen a key but those whose states were saved."""
 
     def load(self, rows: Range) -> BlockStatistics:
         """The state of ``rows``, to be continued in place; an empty one at first."""
@@ -37,22 +40,30 @@ class StateStore(Protocol):
     def store(self, rows: Range, state: BlockStatistics) -> None:
         """Keep ``state``, which ``load`` gave."""
 
+    def finished(self, rows: Range) -> None:
+        """``rows`` were handed out: their state is no longer needed."""
+
+    def save(self) -> None:
+        """Write every state that has changed since the last time to the file of the job."""
+
     def close(self) -> None:
         """Release memory and files."""
 
 
-class _Block:
-    """Memory for the state of up to ``rows`` rows of ``heads`` heads: one buffer, cut into acc, m and l."""
+class StateBlock:
+    """Memory for the states of up to ``rows`` rows of ``heads`` heads: of each chunk acc, then m, then l."""
 
     def __init__(self, rows: int, heads: int, value_dim: int, dtype: str, take: Allocator = allocate) -> None:
-        self._flat = take(rows * heads * (value_dim + 2), dtype)
+        self._row_elements = heads * (value_dim + 2)
+        self._flat = take(rows * self._row_elements, dtype)
         self._value_dim = value_dim
 
-    def view(self, group: Group, rows: int) -> tuple[BlockStatistics, Any]:
-        """The state of ``rows`` rows, and all of its memory as one array."""
-        shape = (len(group.batch), len(group.heads), rows)
+    def view(self, group: Group, rows: Range) -> tuple[BlockStatistics, Any]:
+        """The state of a chunk, ``rows`` counted from the first of the block, and all of its memory as one array."""
+        shape = (len(group.batch), len(group.heads), len(rows))
         count = int(np.prod(shape))
-        flat = self._flat[: count * (self._value_dim + 2)]
+        begin = rows.start * self._row_elements
+        flat = self._flat[begin : begin + count * (self._value_dim + 2)]
         acc, rest = flat[: count * self._value_dim], flat[count * self._value_dim :]
         m, normalizer = rest[:count], rest[count:]
         return BlockStatistics(acc.reshape(*shape, self._value_dim), m.reshape(shape), normalizer.reshape(shape)), flat
@@ -68,28 +79,57 @@ class ResidentStates:
 
     moved_bytes = 0
 
-    def __init__(self, rows: int, heads: int, value_dim: int, dtype: str, home: np.ndarray | None) -> None:
-        self._block = _Block(rows, heads, 0 if home is not None else value_dim, dtype)
-        self._rows, self._home = rows, home
-        self._state: BlockStatistics | None = None
+    def __init__(
+        self, rows: int, heads: int, value_dim: int, dtype: str, home: np.ndarray | None, file: StateFile | None = None
+    ) -> None:
+        self._block = StateBlock(rows, heads, 0 if home is not None else value_dim, dtype)
+        self._home, self._file = home, file
+        self._group: Group | None = None
+        self._begun: set[Range] = set()
+        self._changed: set[Range] = set()
 
     def begin(self, group: Group) -> None:
-        state, _ = self._block.view(group, self._rows)
-        if self._home is not None:
-            state = BlockStatistics(self._home[group.batch.slice, group.heads.slice], state.m, state.l)
-        _clear(state)
-        self._state = state
+        self._group = group
+        self._begun.clear()
+        self._changed.clear()
+        if self._file is not None:
+            self._file.begin(group.index)
 
     def load(self, rows: Range) -> BlockStatistics:
-        assert self._state is not None, "begin() comes first"
-        part = (slice(None), slice(None), rows.slice)
-        return BlockStatistics(self._state.acc[part], self._state.m[part], self._state.l[part])
+        assert self._group is not None, "begin() comes first"
+        state, flat = self._block.view(self._group, rows)
+        if self._home is not None:
+            part = (self._group.batch.slice, self._group.heads.slice, rows.slice)
+            state = BlockStatistics(self._home[part], state.m, state.l)
+        if rows not in self._begun:
+            _begin(rows, state, flat, self._file)
+            self._begun.add(rows)
+        self._changed.add(rows)
+        return state
 
     def store(self, rows: Range, state: BlockStatistics) -> None:
         """Nothing to do: ``state`` is the memory itself."""
 
+    def finished(self, rows: Range) -> None:
+        self._changed.discard(rows)
+
+    def save(self) -> None:
+        for rows in sorted(self._changed):
+            assert self._file is not None
+            assert self._group is not None, "begin() comes first"
+            self._file.write(rows, (self._block.view(self._group, rows)[1],))
+        self._changed.clear()
+
     def close(self) -> None:
-        self._state = None
+        self._group = None
+
+
+def _begin(rows: Range, state: BlockStatistics, flat: np.ndarray, file: StateFile | None) -> None:
+    """The state of ``rows`` as it was saved, or an empty one."""
+    if file is not None and file.rows_of(rows):
+        file.read(rows, flat)
+    else:
+        _clear(state)
 
 
 class TileStates:
@@ -97,111 +137,107 @@ class TileStates:
 
     moved_bytes = 0
 
-    def __init__(self, rows: int, heads: int, value_dim: int, dtype: str) -> None:
-        self._block = _Block(rows, heads, value_dim, dtype)
+    def __init__(self, rows: int, heads: int, value_dim: int, dtype: str, file: StateFile | None = None) -> None:
+        self._block = StateBlock(rows, heads, value_dim, dtype)
+        self._file = file
         self._group: Group | None = None
         self._rows: Range | None = None
 
     def begin(self, group: Group) -> None:
         self._group, self._rows = group, None
+        if self._file is not None:
+            self._file.begin(group.index)
 
     def load(self, rows: Range) -> BlockStatistics:
-        assert self._group is not None, "begin() comes first"
-        state, _ = self._block.view(self._group, len(rows))
+        state, flat = self._view(rows)
         if rows != self._rows:
-            _clear(state)
+            _begin(rows, state, flat, self._file)
             self._rows = rows
         return state
 
     def store(self, rows: Range, state: BlockStatistics) -> None:
         """Nothing to do: ``state`` is the memory itself."""
 
+    def finished(self, rows: Range) -> None:
+        self._rows = None
+
+    def save(self) -> None:
+        if self._rows is not None:
+            assert self._file is not None
+            self._file.write(self._rows, (self._view(self._rows)[1],))
+
     def close(self) -> None:
         self._group = self._rows = None
 
+    def _view(self, rows: Range) -> tuple[BlockStatistics, np.ndarray]:
+        assert self._group is not None, "begin() comes first"
+        return self._block.view(self._group, Range(0, len(rows)))
+
 
 class FileStates:
-    """States in an unnamed scratch file, two slots each: a new version goes beside the old, then becomes current.
+    """States in a file, of the job or an unnamed scratch file; a new version goes beside the old one.
 
     The state in memory is one block, which ``take`` gives.
     """
 
-    def __init__(
-        self, queries: Cut, heads: int, value_dim: int, dtype: str, directory: str, take: Allocator = allocate
-    ) -> None:
-        self._block = _Block(queries.longest, heads, value_dim, dtype, take)
-        self._queries = queries
-        self._row_bytes = heads * (value_dim + 2) * np.dtype(dtype).itemsize
-        # Per chunk: 0 before its first version, else 1 + the slot that is current.
-        self._current = np.zeros(len(queries), np.uint8)
+    def __init__(self, file: StateFile, rows: int, heads: int, value_dim: int, dtype: str, take: Allocator = allocate):
+        self._block = StateBlock(rows, heads, value_dim, dtype, take)
+        self._file = file
         self._group: Group | None = None
-        self._file = self._reserved(directory, 2 * queries.tokens * self._row_bytes)
-        self.moved_bytes = 0
+        self._loaded: Range | None = None  # and not stored since
 
-    @staticmethod
-    def _reserved(directory: str, size_bytes: int) -> int:
-        """Descriptor of a file without a name, its space reserved: a full disk is met here and not in the middle."""
-        try:
-            with ExitStack() as undo:
-                descriptor = _unnamed_file(directory)
-                undo.callback(os.close, descriptor)
-                reserve(descriptor, 0, size_bytes)
-                undo.pop_all()
-        except OSError as error:
-            raise StorageError(
-                f"scratch: cannot reserve {format_bytes(size_bytes)} for states in {directory}: {error.strerror}."
-                " Name a directory with that much room, or raise memory so that states stay there."
-            ) from error
-        return descriptor
+    @property
+    def moved_bytes(self) -> int:
+        return self._file.moved_bytes
 
     def begin(self, group: Group) -> None:
-        self._group = group
-        self._current[:] = 0
+        self._group, self._loaded = group, None
+        self._file.begin(group.index)
 
     def load(self, rows: Range) -> BlockStatistics:
-        assert self._group is not None, "begin() comes first"
-        state, flat = self._block.view(self._group, len(rows))
-        if self._current[self._queries.index_of(rows)] == 0:
-            _clear(state)
-        else:
-            self.read(rows, flat)
+        state, flat = self._view(rows)
+        if rows != self._loaded:
+            self._loaded = None
+            _begin(rows, state, flat, self._file)
+            self._loaded = rows
         return state
 
     def store(self, rows: Range, state: BlockStatistics) -> None:
-        assert self._group is not None, "begin() comes first"
-        self.write(rows, self._block.view(self._group, len(rows))[1])
+        self._loaded = None
+        self._file.write(rows, (self._view(rows)[1],))
 
-    def read(self, rows: Range, flat: np.ndarray) -> None:
-        """Fill ``flat`` with the current version of ``rows``, of which there is one."""
-        current = int(self._current[self._queries.index_of(rows)])
-        self._transfer(os.preadv, flat, self._position(rows, current - 1))
+    def finished(self, rows: Range) -> None:
+        self._loaded = None
 
-    def write(self, rows: Range, flat: np.ndarray) -> None:
-        """Make ``flat`` the current version of ``rows``."""
-        index = self._queries.index_of(rows)
-        slot = 0 if self._current[index] == 2 else 1
-        self._transfer(os.pwritev, flat, self._position(rows, slot))
-        self._current[index] = 1 + slot
+    def save(self) -> None:
+        """Only what is in memory: the others are in the file."""
+        if self._loaded is not None:
+            self._file.write(self._loaded, (self._view(self._loaded)[1],))
 
     def close(self) -> None:
-        os.close(self._file)
+        self._file.close()
 
-    def _position(self, rows: Range, slot: int) -> int:
-        return (slot * self._queries.tokens + rows.start) * self._row_bytes
+    def _view(self, rows: Range) -> tuple[BlockStatistics, np.ndarray]:
+        assert self._group is not None, "begin() comes first"
+        return self._block.view(self._group, Range(0, len(rows)))
 
-    def _transfer(self, call: Callable[[int, list[memoryview], int], int], flat: np.ndarray, position: int) -> None:
-        """All of ``flat`` by positioned reads or writes, which may each move less than asked."""
-        view = flat.view(np.uint8).data
-        done = 0
-        while done < len(view):
-            try:
-                moved = call(self._file, [view[done:]], position + done)
-            except OSError as error:
-                raise StorageError(f"scratch: states cannot be read or written: {error.strerror}.") from error
-            if moved <= 0:
-                raise StorageError("scratch: the file of states ended early; it was changed from outside.")
-            done += moved
-        self.moved_bytes += done
+
+def scratch_file(directory: str, rows: int, row_bytes: int) -> StateFile:
+    """A file without a name, its space reserved: a full disk is met here and not in the middle."""
+    try:
+        with ExitStack() as undo:
+            descriptor = _unnamed_file(directory)
+            undo.callback(os.close, descriptor)
+            made = StateFile(RawFile.of_descriptor(descriptor, "scratch"), rows, row_bytes)
+            reserve(descriptor, 0, made.size_bytes)
+            undo.pop_all()
+    except OSError as error:
+        size = format_bytes(2 * rows * row_bytes)
+        raise StorageError(
+            f"scratch: cannot reserve {size} for states in {directory}: {error.strerror}."
+            " Name a directory with that much room, or raise memory so that states stay there."
+        ) from error
+    return made
 
 
 def _unnamed_file(directory: str) -> int:
@@ -217,12 +253,22 @@ def _unnamed_file(directory: str) -> int:
     return descriptor
 
 
-def open_states(plan: Plan, home: np.ndarray | None) -> StateStore:
-    """The store that ``plan`` asks for on the CPU; ``home`` as in ``ResidentStates``."""
+def states_on_disk(plan: Plan, file: StateFile | None, take: Allocator = allocate) -> FileStates:
+    """The states of a plan that keeps them in a file: the job's, or a scratch file of its own."""
+    chosen, problem = plan.chosen, plan.problem
+    heads, dim, dtype = chosen.batches * chosen.heads, problem.value_dim, problem.compute_dtype
+    if file is None:
+        row_bytes = heads * (dim + 2) * problem.compute_itemsize
+        file = scratch_file(plan.budget.scratch, problem.query_tokens, row_bytes)
+    return FileStates(file, chosen.residency.query_chunk, heads, dim, dtype, take)
+
+
+def open_states(plan: Plan, home: np.ndarray | None, file: StateFile | None) -> StateStore:
+    """The store that ``plan`` asks for on the CPU; ``home`` as in ``ResidentStates``, ``file`` that of a job."""
     chosen, problem = plan.chosen, plan.problem
     heads, dim, dtype = chosen.batches * chosen.heads, problem.value_dim, problem.compute_dtype
     if chosen.states_on_disk:
-        return FileStates(plan.build_cover().queries, heads, dim, dtype, plan.budget.scratch)
+        return states_on_disk(plan, file)
     if chosen.cover == "rectangular":
-        return TileStates(chosen.residency.query_chunk, heads, dim, dtype)
-    return ResidentStates(problem.query_tokens, heads, dim, dtype, home)
+        return TileStates(chosen.residency.query_chunk, heads, dim, dtype, file)
+    return ResidentStates(problem.query_tokens, heads, dim, dtype, home, file)

@@ -35,6 +35,10 @@ CHUNK_TABLE_BYTES = 32
 DEVICE_CHOICES = 6
 # States on a GPU while others wait elsewhere: one comes, one is continued, one leaves.
 PASSING_STATES = 3
+# A step is run in parts of about so many seconds, between which a run may be saved or stopped; shorter parts than so
+# many rows would leave threads idle, or multiprocessors of a GPU. Whole tiles, and panels of any kernel.
+PART_S = 2.0
+HOST_PART_ROWS = 3072
 # Longest key block of the rectangular cover.
 KEY_BLOCK_TOKENS = 1 << 20
 
@@ -47,11 +51,12 @@ class Machine:
     cache_bytes: int
     rates: Rates
     gpu: bool = False
+    tile: int | None = None
 
     @property
     def tile_tokens(self) -> int:
-        """Chunk borders are multiples of it."""
-        return DEVICE_TILE_TOKENS if self.gpu else TILE_TOKENS
+        """Chunk borders are multiples of it: of ``tile`` where a plan of another machine is taken over."""
+        return self.tile or (DEVICE_TILE_TOKENS if self.gpu else TILE_TOKENS)
 
     def tiles(self, tokens: int) -> int:
         return -(-tokens // self.tile_tokens)
@@ -64,7 +69,8 @@ class Candidate:
     ``query_parts`` and ``key_parts`` cut the tokens; ``batches`` x ``heads`` go through the cover together, the groups
     one after the other; ``states`` is where partial states wait between tasks: "memory" (of the computing device),
     "host" (of a GPU) or "disk".
-    ``terms`` count against the budget of the computing device, ``host_terms`` against that of a GPU's host.
+    ``terms`` count against the budget of the computing device, ``host_terms`` against that of a GPU's host. A step is
+    run in parts of ``part_rows`` query rows, each of which should take ``part_s`` seconds at most.
     """
 
     cover: str
@@ -80,6 +86,8 @@ class Candidate:
     estimated_s: float
     tile_tokens: int = TILE_TOKENS
     host_terms: tuple[MemoryTerm, ...] = ()
+    part_rows: int = 1 << 62
+    part_s: float = 0.0
 
     @property
     def memory_bytes(self) -> int:
@@ -200,16 +208,31 @@ def _priced(
 ) -> Candidate:
     scratch = 2 * residency.heads * problem.query_tokens * state_row_bytes(problem) if states == DISK else 0
     moved = traffic(problem, work)
+    keys_at_once = residency.key_chunk * (set_size(parts[0]) if cover == "cqs" else 1)
+    part_rows, part_s = _parts(problem, machine, residency, min(keys_at_once, problem.key_tokens))
     if machine.gpu:
         return Candidate(
             cover, *parts, *group, states, residency, device_terms(problem, residency), moved, scratch,
             estimate_device_s(problem, residency, work, moved, machine.rates, machine.cache_bytes, states),
-            machine.tile_tokens, host_terms(problem, residency, states),
+            machine.tile_tokens, host_terms(problem, residency, states), part_rows, part_s,
         )  # fmt: skip
     return Candidate(
         cover, *parts, *group, states, residency, memory_terms(problem, residency), moved, scratch,
-        estimate_s(problem, residency, work, moved, machine.rates, machine.cache_bytes),
+        estimate_s(problem, residency, work, moved, machine.rates, machine.cache_bytes), machine.tile_tokens,
+        part_rows=part_rows, part_s=part_s,
     )  # fmt: skip
+
+
+def _parts(problem: Problem, machine: Machine, residency: Residency, keys: int) -> tuple[int, float]:
+    """How many query rows go against ``keys`` keys at once, and the seconds of that."""
+    rates = machine.rates
+    rate = dict(rates.device_flops)[problem.q.dtype] if machine.gpu else rates.flops(
+        problem.compute_dtype, machine.threads
+    )  # fmt: skip
+    row_s = residency.heads * keys * 2 * (problem.head_dim + problem.value_dim) / rate
+    least = rates.device_wave_rows if machine.gpu else HOST_PART_ROWS
+    rows = min(max(least, int(PART_S / row_s) // least * least), residency.query_chunk)
+    return rows, rows * row_s
 
 
 def chunk_counts(problem: Problem, machine: Machine) -> list[int]:

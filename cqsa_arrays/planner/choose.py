@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import replace
 from functools import lru_cache
 from itertools import product
+from typing import Any
 
 from ..errors import ArgumentError, BudgetError
 from ..units import format_bytes
@@ -18,7 +21,7 @@ from .candidates import (
     rectangular_candidate,
     rectangular_candidates,
 )
-from .memory import DISK, MEMORY
+from .memory import DISK, HOST, MEMORY
 from .plan import Budget, Plan
 from .problem import Problem
 
@@ -55,6 +58,26 @@ def choose(problem: Problem, budget: Budget, machine: Machine, *, cover: str, ch
         raise _host_refusal(unfed, budget) if unfed else _refusal(problem, budget, machine, cover, chunks)
     alternative = found["rectangular" if chosen.cover == "cqs" else "cqs"]
     return Plan(problem, device, budget, chosen, alternative, reason)
+
+
+def take_over(problem: Problem, budget: Budget, machine: Machine, device: str, stored: Mapping[str, Any]) -> Plan:
+    """The plan that covers ``problem`` as a candidate did whose fields ``stored`` has, maybe on another machine.
+
+    Raises BudgetError where that does not fit ``budget``.
+    """
+    machine, group = replace(machine, tile=stored["tile_tokens"]), (stored["batches"], stored["heads"])
+    if stored["cover"] == "cqs":
+        states = stored["states"] if machine.gpu or stored["states"] != HOST else MEMORY
+        chosen = cqs_candidate(problem, machine, group, states, stored["query_parts"])
+    else:
+        key_block = -(-problem.key_tokens // stored["key_parts"])
+        chosen = rectangular_candidate(problem, machine, group, key_block, stored["query_parts"])
+    if chosen.memory_bytes > budget.memory_bytes or not _host_feeds(chosen, budget):
+        raise BudgetError(
+            f"memory: to go on, this job needs {chosen.memory_bytes} bytes ({format_bytes(chosen.memory_bytes)}) on"
+            f" {device}, the budget is {format_bytes(budget.memory_bytes)} ({budget.origin})."
+        )
+    return Plan(problem, device, budget, chosen, None, "as the job was begun")
 
 
 def _host_feeds(candidate: Candidate, budget: Budget) -> bool:

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
+from itertools import product
 
 from ..cover import Cover, set_size
 from ..masks import Causal
 from ..ranges import Range
 from ..units import format_bytes, format_seconds
 from .candidates import Candidate
+from .durability import Durability
 from .memory import DISK, HOST, MEMORY, MemoryTerm, total_bytes
 from .problem import Problem
 
@@ -30,10 +32,11 @@ class Budget:
 
 @dataclass(frozen=True, slots=True)
 class Group:
-    """Heads that go through the cover together."""
+    """Heads that go through the cover together; ``index`` is its place among the groups of a plan."""
 
     batch: Range
     heads: Range
+    index: int = field(default=0, compare=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,6 +50,22 @@ class Plan:
     alternative: Candidate | None
     reason: str
     kernel: str = ""
+    durability: Durability | None = None
+
+    @property
+    def lanes(self) -> int:
+        """How many lanes share the tasks of every group."""
+        return self.durability.lanes if self.durability is not None else 1
+
+    @property
+    def lanes_meet(self) -> bool:
+        """Whether several lanes see keys of the same rows, so that their states are merged at the end."""
+        return self.lanes > 1 and self.cover_name == "cqs" and self.chosen.query_parts > 1
+
+    @property
+    def part_rows(self) -> int:
+        """The most query rows between two places where a run may be stopped."""
+        return self.chosen.part_rows
 
     @property
     def cover_name(self) -> str:
@@ -72,7 +91,7 @@ class Plan:
         """The groups of heads, in the order in which they run."""
         batches = Range(0, self.problem.batch).split(self.chosen.batches)
         heads = Range(0, self.problem.heads).split(self.chosen.heads)
-        return tuple(Group(b, h) for b in batches for h in heads)
+        return tuple(Group(b, h, i) for i, (b, h) in enumerate(product(batches, heads)))
 
     def build_cover(self) -> Cover:
         """The cover of one group."""
@@ -80,9 +99,9 @@ class Plan:
 
     @property
     def identity(self) -> str:
-        """A short name of everything that decides the bits: problem, cover, chunks, groups."""
+        """A short name of everything that decides the bits: problem, cover, chunks, groups, lanes."""
         c = self.chosen
-        parts = (c.cover, c.query_parts, c.key_parts, c.batches, c.heads, c.tile_tokens)
+        parts = (c.cover, c.query_parts, c.key_parts, c.batches, c.heads, c.tile_tokens, self.lanes)
         text = json.dumps([self.problem.to_dict(), self.device, parts], sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
@@ -99,6 +118,7 @@ class Plan:
             "reason": self.reason,
             "chosen": asdict(self.chosen),
             "alternative": asdict(self.alternative) if self.alternative else None,
+            "durability": asdict(self.durability) if self.durability else None,
         }
 
     def to_json(self) -> str:
@@ -142,6 +162,8 @@ class Plan:
             f"  chunks       {c.residency.query_chunk:,} query and {c.residency.key_chunk:,} key tokens",
             f"  heads        {together}",
             f"  states       {places}",
+            *([f"  lanes        {self.lanes}, each with an equal share of the tasks"] if self.lanes > 1 else []),
+            *([f"  saved        {self.durability}"] if self.durability is not None else []),
             f"  why          {self.reason}",
         ]
 

@@ -10,12 +10,16 @@ from .info import FileInfo, describe
 from .layout import LAYOUTS, Layout, Shape4, parse_layout
 from .memory import HostSource
 from .output import ArraySink, OutputFile, Sink, output_staging_bytes
+from .partfile import JOB_SUFFIX, PART_SUFFIX, check_target
+from .rawfile import RawFile
 from .reserve import reserve
 from .source import TokenSource
 from .synthetic import InputSpec, make_inputs
 
 __all__ = [
+    "JOB_SUFFIX",
     "LAYOUTS",
+    "PART_SUFFIX",
     "ArraySink",
     "DeviceSource",
     "DiskArray",
@@ -25,10 +29,12 @@ __all__ = [
     "Layout",
     "OpenedFile",
     "OutputFile",
+    "RawFile",
     "Shape4",
     "Sink",
     "TokenSource",
     "as_source",
+    "check_target",
     "dataset",
     "dataset_in",
     "describe",

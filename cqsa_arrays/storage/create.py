@@ -77,6 +77,35 @@ def _create(
     return offsets
 
 
+def contiguous_offsets(path: str, datasets: list[NewDataset], marks: Mapping[str, object]) -> list[int]:
+    """The byte offset of each of ``datasets`` in the file that create_contiguous made of them.
+
+    Raises StorageError where it is gone, has other data sets, or lacks an attribute of ``marks``.
+    """
+    try:
+        with h5py.File(path, "r") as file:
+            for name, value in marks.items():
+                if file.attrs.get(name) != value:
+                    raise StorageError(f"{path}: found {name} = {file.attrs.get(name)}, expected {value}.")
+            offsets = []
+            for new in datasets:
+                found = file[new.name]
+                offset = found.id.get_offset()
+                if found.shape != new.shape or found.dtype != stored_form(new.dtype)[0] or offset is None:
+                    raise StorageError(f"{path}: {new.name} is {found.dtype} {found.shape}, not what was allocated.")
+                offsets.append(offset)
+        ends = max(offset + new.nbytes for offset, new in zip(offsets, datasets, strict=True))
+        if os.path.getsize(path) < ends:
+            raise StorageError(f"{path} is truncated.")
+    except StorageError as error:
+        raise StorageError(f"{error} It is not the file of this job; start over with --restart.") from None
+    except (OSError, RuntimeError, KeyError) as error:
+        raise StorageError(
+            f"{path}: the unfinished output cannot be read: {error}. Start over with --restart (Options(restart=True))."
+        ) from error
+    return offsets
+
+
 def write_attributes(target: h5py.HLObject, attributes: Mapping[str, object]) -> None:
     """Attributes as HDF5 has them; what is nested (dicts, lists, None) as JSON text."""
     for name, value in attributes.items():
@@ -111,6 +140,7 @@ def _create_dataset(file: h5py.File, new: NewDataset) -> int:
     properties.set_layout(h5d.CONTIGUOUS)
     properties.set_alloc_time(h5d.ALLOC_TIME_EARLY)
     properties.set_fill_time(h5d.FILL_TIME_NEVER)
+    properties.set_obj_track_times(False)  # the same job gives the same bytes
     space = h5s.create_simple(new.shape)
     made = h5d.create(file.id, new.name.encode(), h5t.py_create(stored, logical=True), space, properties)
     write_attributes(h5py.Dataset(made), {**marks, **new.attributes})

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping, Sequence
 from types import TracebackType
-from typing import Protocol, Self
+from typing import TYPE_CHECKING, Protocol, Self
 
 import numpy as np
 
@@ -15,6 +15,9 @@ from .layout import Layout, Shape4
 from .partfile import PartFile, check_target
 from .rawfile import RawFile
 from .rows import Rows
+
+if TYPE_CHECKING:
+    from .create import NewDataset
 
 
 class Sink(Protocol):
@@ -98,21 +101,39 @@ class OutputFile:
         attributes: Mapping[str, object],
         overwrite: bool = False,
         inputs: Sequence[str] = (),
+        of_job: bool = False,
     ) -> Self:
         """Allocate the whole output of logical ``shape`` in ``layout``, /lse with the axes ``layout.lse_name``.
 
         ``attributes`` go to the file's root, nested ones as JSON text. ``inputs`` are paths that must not be written
         to. An existing file stays as it is until ``finish``, and is refused without ``overwrite``. Raises ArgumentError
-        for a path that cannot be an output, StorageError where there is no room: then nothing is left behind.
+        for a path that cannot be an output, or of which a job is unfinished unless this is ``of_job``; StorageError
+        where there is no room: then nothing is left behind.
         """
-        from .create import NewDataset
-
-        check_target(path := os.fspath(path), inputs, overwrite=overwrite)
+        check_target(path := os.fspath(path), inputs, overwrite=overwrite, of_job=of_job)
         element_dtype(dtype, "dtype")
-        new = [NewDataset("/out", layout.physical_shape(shape), dtype, {"layout": layout.name})]
-        if lse_dtype is not None:
-            new.append(NewDataset("/lse", layout.lse_shape(shape), lse_dtype, {"layout": layout.lse_name}))
+        new = _datasets(shape, dtype, layout, lse_dtype)
         part = PartFile.create(path, new, attributes=attributes, links={}, overwrite=overwrite)
+        return cls._over(part, shape, dtype, layout, lse_dtype)
+
+    @classmethod
+    def reopen(
+        cls,
+        path: str,
+        *,
+        shape: Shape4,
+        dtype: np.dtype,
+        layout: Layout,
+        lse_dtype: np.dtype | None,
+        marks: Mapping[str, object],
+        overwrite: bool,
+    ) -> Self:
+        """The unfinished file that ``create`` made of the same in another run, told by the attributes ``marks``."""
+        part = PartFile.reopen(path, _datasets(shape, dtype, layout, lse_dtype), marks, overwrite=overwrite)
+        return cls._over(part, shape, dtype, layout, lse_dtype)
+
+    @classmethod
+    def _over(cls, part: PartFile, shape: Shape4, dtype: np.dtype, layout: Layout, lse_dtype: np.dtype | None) -> Self:
         token_major = layout.tokens_outside_heads and shape[1] > 1
         out = Rows(shape, dtype, part.offsets[0], token_major)
         lse = None if lse_dtype is None else Rows((*shape[:3], 1), lse_dtype, part.offsets[1], token_major=False)
@@ -128,6 +149,18 @@ class OutputFile:
     def write_lse(self, batch: Range, heads: Range, tokens: Range, block: np.ndarray) -> None:
         if self._lse is not None:
             write_rows(self._part.file, self._lse, (batch, heads, tokens), block[..., None])
+
+    def checksum(self, batch: Range, heads: Range, tokens: Range) -> int:
+        """CRC-32 of what the file holds of these rows: output, then log-sum-exp."""
+        found = 0
+        for rows in (self._out, self._lse):
+            for start, stop in rows.spans(batch, heads, tokens) if rows is not None else ():
+                found = self._part.file.checksum(start, stop - start, found)
+        return found
+
+    def keep(self) -> None:
+        """Close the unfinished file, for another run to go on with; after ``finish`` this does nothing."""
+        self._part.keep()
 
     def sync(self) -> None:
         self._part.file.sync()
@@ -145,6 +178,16 @@ class OutputFile:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         self.abandon()
+
+
+def _datasets(shape: Shape4, dtype: np.dtype, layout: Layout, lse_dtype: np.dtype | None) -> list[NewDataset]:
+    """What the file holds."""
+    from .create import NewDataset
+
+    new = [NewDataset("/out", layout.physical_shape(shape), dtype, {"layout": layout.name})]
+    if lse_dtype is not None:
+        new.append(NewDataset("/lse", layout.lse_shape(shape), lse_dtype, {"layout": layout.lse_name}))
+    return new
 
 
 def output_staging_bytes(shape: Shape4, dtype: np.dtype, layout: Layout) -> int:

@@ -15,6 +15,8 @@ if TYPE_CHECKING:
     from .create import NewDataset
 
 PART_SUFFIX = ".part"
+# The folder beside an output that keeps what a job needs to be resumed.
+JOB_SUFFIX = ".job"
 
 
 class PartFile:
@@ -46,6 +48,21 @@ class PartFile:
         _remove_leftover(path + PART_SUFFIX)
         offsets = create_contiguous(path + PART_SUFFIX, datasets, attributes, links)
         return cls(path, offsets, overwrite=overwrite)
+
+    @classmethod
+    def reopen(cls, path: str, datasets: list[NewDataset], marks: Mapping[str, object], *, overwrite: bool) -> Self:
+        """The file that ``create`` made in another run, with these data sets and at least the attributes ``marks``.
+
+        Raises StorageError where it is gone, or another.
+        """
+        from .create import contiguous_offsets
+
+        return cls(path, contiguous_offsets(path + PART_SUFFIX, datasets, marks), overwrite=overwrite)
+
+    def keep(self) -> None:
+        """Close the unfinished file, for another run to go on with; once it is finished this does nothing."""
+        if self._open:
+            self._close()
 
     def finish(self) -> None:
         """Put everything on the disk and give the file its name.
@@ -87,7 +104,7 @@ class PartFile:
         self.abandon()
 
 
-def check_target(path: str, inputs: Sequence[str], *, overwrite: bool) -> None:
+def check_target(path: str, inputs: Sequence[str], *, overwrite: bool, of_job: bool = False) -> None:
     """Raise ArgumentError unless a new file may be made at ``path``, which must be none of ``inputs``."""
     folder = os.path.dirname(os.path.abspath(path))
     if not os.path.isdir(folder):
@@ -95,6 +112,9 @@ def check_target(path: str, inputs: Sequence[str], *, overwrite: bool) -> None:
         raise ArgumentError("out", f"{path}, whose folder is {found}", "an existing folder", f"Make {folder} first.")
     if not os.access(folder, os.W_OK | os.X_OK):
         raise ArgumentError("out", f"{path}, whose folder is not writable", "a writable folder", "Choose another one.")
+    if os.path.isdir(path + JOB_SUFFIX) and not of_job:
+        remedy = f"Finish it with cqsa resume {path}, or drop it with --restart (Options(restart=True))."
+        raise ArgumentError("out", f"{path}, of which a job is unfinished", "a new file", remedy)
     for name in (path, path + PART_SUFFIX):
         if os.path.isdir(name):
             raise ArgumentError("out", f"{name}, a directory", "the name of a file", "Name a file in it.")

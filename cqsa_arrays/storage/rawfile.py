@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import os
 import threading
+import zlib
 from collections.abc import Iterable
 from contextlib import suppress
+from typing import Self
 
 import numpy as np
 
+from ..buffers import allocate
 from ..errors import StorageError
 from .dtypes import PIECE_BYTES
 
@@ -27,12 +30,25 @@ class RawFile:
     def __init__(self, path: str, label: str, *, write: bool = False) -> None:
         flags = (os.O_RDWR if write else os.O_RDONLY) | getattr(os, "O_BINARY", 0)
         try:
-            self._fd = os.open(path, flags)
+            self._own(os.open(path, flags), label)
         except OSError as error:
             raise StorageError(f"{label}: cannot open {path}: {error.strerror}") from error
-        self._lock = threading.Lock()
-        self._closed = False
+
+    @classmethod
+    def of_descriptor(cls, descriptor: int, label: str) -> Self:
+        """A file that is open already, and is closed by ``close``."""
+        made = cls.__new__(cls)
+        made._own(descriptor, label)
+        return made
+
+    def _own(self, descriptor: int, label: str) -> None:
+        self._fd, self._closed, self._lock = descriptor, False, threading.Lock()
         self.label, self.bytes_read = label, 0
+
+    @property
+    def descriptor(self) -> int:
+        """For what this class does not do."""
+        return self._fd
 
     def read_into(self, array: np.ndarray, position: int) -> None:
         """Fill C-contiguous ``array`` with the bytes from ``position`` on.
@@ -55,6 +71,15 @@ class RawFile:
             done += count
         with self._lock:
             self.bytes_read += done
+
+    def checksum(self, position: int, size_bytes: int, start: int = 0) -> int:
+        """CRC-32 of what the file holds there, continuing ``start``; by any thread."""
+        piece = allocate(max(1, min(size_bytes, PIECE_BYTES)), "u1")
+        for offset in range(0, size_bytes, PIECE_BYTES):
+            part = piece[: min(PIECE_BYTES, size_bytes - offset)]
+            self.read_into(part, position + offset)
+            start = zlib.crc32(part.data, start)
+        return start
 
     def write_from(self, array: np.ndarray, position: int) -> None:
         """Write C-contiguous ``array`` at ``position``. Raises StorageError where the disk is full or fails."""

@@ -9,7 +9,8 @@ import pytest
 
 from cqsa_arrays.cover import Step
 from cqsa_arrays.engine import ahead
-from cqsa_arrays.engine.ahead import MOST_STEPS, ReadAhead, Work
+from cqsa_arrays.engine.ahead import MOST_STEPS, ReadAhead
+from cqsa_arrays.engine.schedule import Position, Work
 from cqsa_arrays.planner import Group
 from cqsa_arrays.ranges import Range
 
@@ -45,7 +46,8 @@ class Immediately:
 
 def works(length: int | None = None):
     numbers = count() if length is None else range(length)
-    return (Work(GROUP, Step(Range(i, i + 1), (Range(0, 1),)), None) for i in numbers)
+    rows = ((i, Range(i, i + 1)) for i in numbers)
+    return (Work(Position(0, 0, i), GROUP, Step(one, (Range(0, 1),)), one, None, False) for i, one in rows)
 
 
 @pytest.fixture(autouse=True)

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from cqsa_arrays.cover import CqsCover, RectangularCover
 from cqsa_arrays.cover.base import Step
 from cqsa_arrays.engine import ahead
-from cqsa_arrays.engine.executor import Work, schedule
+from cqsa_arrays.engine.schedule import Position, Schedule, Work
 from cqsa_arrays.errors import StorageError
 from cqsa_arrays.masks import Causal, Full
 from cqsa_arrays.planner import Group
@@ -304,7 +304,7 @@ def test_what_is_resident_is_not_read_ahead(monkeypatch) -> None:
 def test_reading_ahead_is_never_waited_for() -> None:
     one = case(queries=7 * TILE, heads=1)
     plan, finished = one.cqs(7), threading.Event()
-    steps = sum(work.step is not None for work in schedule(plan.groups, plan.build_cover()))
+    steps = sum(work.step is not None for work in Schedule(plan.groups, plan.build_cover()).works())
     waited = []
 
     class Watch(Counter):
@@ -366,7 +366,7 @@ def test_an_error_of_the_sink_reaches_the_caller_and_leaves_nothing(tmp_path, mo
     assert open_files_below(tmp_path) == []
 
 
-@pytest.mark.parametrize("call", ["pwritev", "preadv"])
+@pytest.mark.parametrize("call", ["pwrite", "preadv"])
 def test_a_broken_scratch_disk_reaches_the_caller_and_leaves_nothing(call, tmp_path, monkeypatch) -> None:
     def broken(*_arguments) -> int:
         raise OSError(5, "Input/output error")
@@ -411,7 +411,7 @@ def covers(draw):
 @given(covers())
 @MANY
 def test_each_step_comes_once_in_order_and_each_task_ends_once(cover) -> None:
-    works = list(schedule(GROUPS, cover))
+    works = list(Schedule(GROUPS, cover).works())
     half = len(works) // 2
     assert [w.group for w in works] == [GROUPS[0]] * half + [GROUPS[1]] * half
     for one in (works[:half], works[half:]):
@@ -434,10 +434,11 @@ class Endless:
     def __init__(self) -> None:
         self.tasks_made, self.steps_made = 0, 0
 
-    def tasks(self):
-        while True:
-            yield EndlessTask(self, self.tasks_made)
-            self.tasks_made += 1
+    task_count = 1 << 40
+
+    def task(self, index: int):
+        self.tasks_made += 1
+        return EndlessTask(self, index)
 
 
 class EndlessTask:
@@ -452,10 +453,11 @@ class EndlessTask:
 
 def test_work_is_made_one_step_ahead_and_no_more() -> None:
     cover = Endless()
-    for count, work in enumerate(islice(schedule(GROUPS, cover), 10), 1):
-        assert work == Work(
-            GROUPS[0], Step(Range((count - 1) % 3, (count - 1) % 3 + 1), (Range(0, 1),)), work.ends_task
-        )
+    for count, work in enumerate(islice(Schedule(GROUPS, cover).works(), 10), 1):
+        task, i = divmod(count - 1, 3)
+        rows = Range(i, i + 1)
+        step = Step(rows, (Range(0, 1),))
+        assert work == Work(Position(0, task, i), GROUPS[0], step, rows, work.ends_task, False)
         assert work.ends_task == (None if count % 3 else count // 3 - 1)
         assert count <= cover.steps_made <= count + 1
         assert cover.tasks_made <= count // 3 + 1
@@ -464,10 +466,10 @@ def test_work_is_made_one_step_ahead_and_no_more() -> None:
 def test_a_million_tasks_begin_at_once() -> None:
     c = 1009**2 + 1009 + 1
     cover = CqsCover(Cut(1 << 30, c, 1), Cut(1 << 30, c, 1), Causal())
-    works = list(islice(schedule(GROUPS, cover), 3))
+    works = list(islice(Schedule(GROUPS, cover).works(), 3))
     assert len(works) == 3
     assert all(work.step is not None and work.ends_task is None for work in works)
     for before, after in pairwise(works):
         assert before.step != after.step
     tiles_of = RectangularCover(Cut(1 << 30, 1 << 22, 96), Cut(1 << 30, 1 << 15, 96), Full())
-    assert [w.step.queries.start for w in islice(schedule(GROUPS, tiles_of), 3)] == [0, 0, 0]
+    assert [w.step.queries.start for w in islice(Schedule(GROUPS, tiles_of).works(), 3)] == [0, 0, 0]

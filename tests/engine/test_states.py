@@ -3,6 +3,7 @@
 import errno
 import itertools
 import os
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -11,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cqsa_arrays.block_statistics import BlockStatistics
-from cqsa_arrays.engine.states import FileStates, ResidentStates, TileStates, open_states
+from cqsa_arrays.engine.states import FileStates, ResidentStates, TileStates, open_states, scratch_file
 from cqsa_arrays.errors import StorageError
 from cqsa_arrays.masks import Causal, Full
 from cqsa_arrays.ranges import Cut, Range
@@ -19,6 +20,12 @@ from cqsa_arrays.ranges import Cut, Range
 ROWS, HEADS, DIM = 20, 3, 4
 CUT = Cut(ROWS, 3, 4)  # 5 tiles: 4, 8 and 8 rows
 CHUNKS = [CUT[i] for i in range(3)]
+
+
+def file_states(cut: Cut, heads: int, dim: int, dtype: str, directory: str) -> FileStates:
+    """States in an unnamed file that is full of nothing."""
+    row_bytes = heads * (dim + 2) * np.dtype(dtype).itemsize
+    return FileStates(scratch_file(directory, cut.tokens, row_bytes), cut.longest, heads, dim, dtype)
 
 
 def resident() -> ResidentStates:
@@ -32,7 +39,7 @@ def at_home() -> ResidentStates:
 @pytest.fixture(params=["resident", "at home", "file"])
 def store(request, tmp_path):
     made = {"resident": resident, "at home": at_home}.get(
-        request.param, lambda: FileStates(CUT, HEADS, DIM, "float32", str(tmp_path))
+        request.param, lambda: file_states(CUT, HEADS, DIM, "float32", str(tmp_path))
     )()
     yield made
     made.close()
@@ -100,7 +107,7 @@ def test_begin_forgets(store, following) -> None:
     store.begin(group(HEADS))
     for _, rows in itertools.product(range(2), CHUNKS):
         put(store, rows, 9)
-    store.begin(following)
+    store.begin(replace(following, index=1))
     for rows in CHUNKS:
         state = store.load(rows)
         assert state.acc.shape == (1, len(following.heads), len(rows), DIM)
@@ -154,7 +161,7 @@ def test_one_tile_stays_until_another_comes() -> None:
 
 @pytest.fixture
 def file_store(tmp_path):
-    made = FileStates(CUT, HEADS, DIM, "float32", str(tmp_path))
+    made = file_states(CUT, HEADS, DIM, "float32", str(tmp_path))
     made.begin(group(HEADS))
     yield made
     made.close()
@@ -167,7 +174,10 @@ def flat(kept: list[np.ndarray]) -> bytes:
 def slots_on_disk(store: FileStates, rows: Range) -> list[bytes]:
     """What the file holds for ``rows``, slot by slot, read past the store."""
     row_bytes = HEADS * (DIM + 2) * 4
-    return [os.pread(store._file, len(rows) * row_bytes, (slot * ROWS + rows.start) * row_bytes) for slot in range(2)]
+    return [
+        os.pread(store._file._file.descriptor, len(rows) * row_bytes, (slot * ROWS + rows.start) * row_bytes)
+        for slot in range(2)
+    ]
 
 
 def test_the_version_before_stays_on_the_disk_until_the_next_store(file_store) -> None:
@@ -187,15 +197,15 @@ def test_a_store_that_fails_half_way_leaves_the_version_before(file_store, monke
     kept = put(file_store, CHUNKS[1], 1)
     state = file_store.load(CHUNKS[1])
     fill(state, 50)
-    write, calls = os.pwritev, []
+    write, calls = os.pwrite, []
 
-    def half(descriptor, buffers, position) -> int:
+    def half(descriptor, data, position) -> int:
         calls.append(position)
         if len(calls) > 1:
             raise OSError(errno.EIO, "Input/output error")
-        return write(descriptor, [buffers[0][: len(buffers[0]) // 2]], position)
+        return write(descriptor, data[: len(data) // 2], position)
 
-    monkeypatch.setattr(os, "pwritev", half)
+    monkeypatch.setattr(os, "pwrite", half)
     with pytest.raises(OSError, match="Input/output error"):
         file_store.store(CHUNKS[1], state)
     assert len(calls) == 2
@@ -204,9 +214,9 @@ def test_a_store_that_fails_half_way_leaves_the_version_before(file_store, monke
 
 
 def test_short_reads_and_writes_are_continued(file_store, monkeypatch) -> None:
-    read, write = os.preadv, os.pwritev
+    read, write = os.preadv, os.pwrite
     monkeypatch.setattr(os, "preadv", lambda f, buffers, at: read(f, [buffers[0][:7]], at))
-    monkeypatch.setattr(os, "pwritev", lambda f, buffers, at: write(f, [buffers[0][:5]], at))
+    monkeypatch.setattr(os, "pwrite", lambda f, data, at: write(f, data[:5], at))
     kept = [put(file_store, rows, 10 * i) for i, rows in enumerate(CHUNKS)]
     for rows, wanted in zip(CHUNKS, kept, strict=True):
         assert same(parts(file_store.load(rows)), wanted)
@@ -214,7 +224,7 @@ def test_short_reads_and_writes_are_continued(file_store, monkeypatch) -> None:
 
 def test_a_scratch_file_that_was_cut_short_is_an_error(file_store) -> None:
     put(file_store, CHUNKS[2], 1)
-    os.ftruncate(file_store._file, 100)
+    os.ftruncate(file_store._file._file.descriptor, 100)
     with pytest.raises(StorageError, match="scratch"):
         file_store.load(CHUNKS[2])
 
@@ -229,9 +239,9 @@ def test_moved_bytes_count_both_ways(file_store) -> None:
 
 def test_the_space_is_reserved_in_a_file_without_a_name(tmp_path) -> None:
     before = set(os.listdir("/proc/self/fd"))
-    store = FileStates(Cut(50_000, 7, 96), HEADS, 30, "float64", str(tmp_path))
+    store = file_states(Cut(50_000, 7, 96), HEADS, 30, "float64", str(tmp_path))
     size = 2 * 50_000 * HEADS * 32 * 8
-    found = os.fstat(store._file)
+    found = os.fstat(store._file._file.descriptor)
     assert found.st_size == size
     assert found.st_blocks * 512 >= size
     assert found.st_nlink == 0
@@ -248,7 +258,7 @@ def test_a_full_disk_is_met_at_the_start(tmp_path, monkeypatch) -> None:
 
     monkeypatch.setattr(os, "posix_fallocate", full)
     with pytest.raises(StorageError) as raised:
-        FileStates(Cut(1 << 20, 7, 96), HEADS, 30, "float32", str(tmp_path))
+        file_states(Cut(1 << 20, 7, 96), HEADS, 30, "float32", str(tmp_path))
     text = str(raised.value)
     assert text.startswith(f"scratch: cannot reserve 768 MiB for states in {tmp_path}: No space left on device.")
     assert os.listdir(tmp_path) == []
@@ -269,14 +279,14 @@ def test_a_run_on_a_full_disk_reads_nothing(tmp_path, monkeypatch) -> None:
 
 def test_a_missing_directory_is_named(tmp_path) -> None:
     with pytest.raises(StorageError, match=f"scratch: .* in {tmp_path}/none: No such file"):
-        FileStates(CUT, HEADS, DIM, "float32", str(tmp_path / "none"))
+        file_states(CUT, HEADS, DIM, "float32", str(tmp_path / "none"))
 
 
 @given(st.integers(1, 60), st.integers(1, 20), st.integers(1, 7), st.data())
 @settings(max_examples=200, deadline=None, derandomize=True, database=None)
 def test_chunks_of_any_cut_never_overlap_on_the_disk(tmp_path_factory, rows, count, tile, data) -> None:
     cut = Cut(rows, count, tile)
-    store = FileStates(cut, 1, 2, "float64", str(tmp_path_factory.getbasetemp()))
+    store = file_states(cut, 1, 2, "float64", str(tmp_path_factory.getbasetemp()))
     try:
         store.begin(group())
         chunks = [cut[i] for i in range(count) if len(cut[i])]
@@ -302,7 +312,7 @@ def test_a_plan_gets_the_store_that_it_names(tmp_path) -> None:
         (one.cqs(3, on_disk=True, scratch=tmp_path), FileStates),
         (one.rectangular(3, TILE), TileStates),
     ):
-        store = open_states(plan, home)
+        store = open_states(plan, home, None)
         assert type(store) is kind
         store.close()
 

@@ -23,12 +23,14 @@ from ...storage.dtypes import SUPPORTED
 from ...workers import Workers
 from ..resident import Inputs, Operands
 from ..results import OutputResults, Results, StatisticsResults
-from ..states import FileStates
+from ..schedule import Work
+from ..statefile import StateFile
+from ..states import scratch_file
 from .lanes import Lanes
 from .memory import Arena, PinnedPieces, pinned
 from .pages import DevicePages, Link
 from .results import DeviceArrayOutput, DeviceOutput, DeviceResults, DeviceStatistics, Finished
-from .states import DeviceStates, NoStates, PinnedStates, StatesOnDisk, WaitingPlace
+from .states import DeviceStates, NoStates, PinnedStates, Saved, StatesOnDisk, WaitingPlace
 
 LANES = 2
 # Files are read ahead into the page cache: a group of heads needs most of its blocks in the first part of its time.
@@ -55,21 +57,24 @@ class DeviceResident:
         self.states.begin(group)
         self.group = group
 
-    def attend(self, step: Step, queries: Any, blocks: list[KeyBlock], done: Callable[[Range], None]) -> None:
-        """Put a launch with the blocks of ``step``, which were loaded last, on the lane of its rows."""
+    def attend(self, work: Work, queries: Any, blocks: list[KeyBlock], done: Callable[[Range], None]) -> None:
+        """Put a launch with the blocks of ``work``, which were loaded last, on the lane of its rows."""
+        step, part = work.step, work.rows
+        assert step is not None
         assert self.group is not None, "begin() comes first"
         self.link.transfer()
         lane = self.lanes.of(self.group, step.queries)
         for pages in self.operands:
             pages.await_loaded(lane)
-        state = self.states.load(step.queries, lane)
-        finish = self.results.whole(self.group, step.queries) if state.statistics is None else None
+        state = self.states.load(step.queries, part, lane)
+        finish = self.results.whole(self.group, part) if state.statistics is None else None
+        rows = slice(part.start - step.queries.start, part.stop - step.queries.start)
         with lane:
             self.kernel.accumulate(
-                queries, step.queries.start, blocks, state.statistics, diagonal=self.problem.mask.diagonal,
+                queries[:, :, rows], part.start, blocks, state.statistics, diagonal=self.problem.mask.diagonal,
                 scale=self.problem.scale, done=done, fresh=state.fresh, finish=finish,
             )  # fmt: skip
-        self.states.store(step.queries, lane)
+        self.states.store(step.queries, part, lane)
         for pages in self.operands:
             pages.release(lane)
 
@@ -89,6 +94,15 @@ class DeviceResident:
             self.operands.values.preload(group, tokens)
         self.link.transfer()
 
+    def settle(self) -> None:
+        """Return once the device has done what was put on it and the rows handed out are written."""
+        self.results.drain()
+        cupy.cuda.Device().synchronize()
+
+    def save(self) -> None:
+        """Write the states that have changed to the file of the job."""
+        self.states.save()
+
     def drain(self) -> None:
         """Wait for everything."""
         self.kernel.drain()
@@ -96,7 +110,9 @@ class DeviceResident:
         self.lanes.synchronize()
 
 
-def allocate_on_device(plan: Plan, inputs: Inputs, results: Results, stack: ExitStack) -> DeviceResident:
+def allocate_on_device(
+    plan: Plan, inputs: Inputs, results: Results, saved: StateFile | None, stack: ExitStack
+) -> DeviceResident:
     """Exactly the terms of the plan's two memory tables; ``stack`` gives them back."""
     stack.enter_context(_translated_errors(plan.device))
     device = stack.enter_context(cupy.cuda.Device(int(plan.device.removeprefix("cuda:"))))
@@ -115,7 +131,8 @@ def allocate_on_device(plan: Plan, inputs: Inputs, results: Results, stack: Exit
     keys, values = (DevicePages(source, link, **key_size) for source in (inputs.k, inputs.v))
     operands = Operands(DevicePages(inputs.q, link, **query_size), keys, values)
     outgoing = stack.enter_context(closing(_outgoing(plan, results, kernel, arena)))
-    states = stack.enter_context(closing(_states(plan, outgoing.home, arena, stack)))
+    kept = None if saved is None else Saved(saved, pieces)
+    states = stack.enter_context(closing(_states(plan, outgoing.home, arena, kept, stack)))
     ahead = READ_AHEAD_BYTES if problem.on_disk_bytes else None
     return DeviceResident(kernel, operands, states, outgoing, lanes, link, problem, ahead)
 
@@ -130,7 +147,9 @@ def _lanes(plan: Plan) -> Lanes:
     return lanes
 
 
-def _states(plan: Plan, home: Any | None, arena: Arena, stack: ExitStack) -> DeviceStates | NoStates:
+def _states(
+    plan: Plan, home: Any | None, arena: Arena, saved: Saved | None, stack: ExitStack
+) -> DeviceStates | NoStates:
     if plan.no_states:
         return NoStates()
     chosen, problem = plan.chosen, plan.problem
@@ -141,12 +160,13 @@ def _states(plan: Plan, home: Any | None, arena: Arena, stack: ExitStack) -> Dev
         waiting = PinnedStates()
     elif chosen.states == DISK:
         passing = pinned(elements * problem.compute_itemsize)
-        cut = plan.build_cover().queries
-        take = lambda count, kind: passing.view(kind)[:count]  # noqa: E731
-        file = FileStates(cut, size.heads, problem.value_dim, dtype, plan.budget.scratch, take)
-        waiting = StatesOnDisk(stack.enter_context(closing(file)), passing)
+        if saved is None:
+            row_bytes = size.heads * size.state_row_bytes
+            file = scratch_file(plan.budget.scratch, problem.query_tokens, row_bytes)
+            stack.enter_context(closing(file))
+        waiting = StatesOnDisk(file if saved is None else saved.file, passing)
     slots = [arena.take(elements, dtype) for _ in range(size.state_slots)]
-    return DeviceStates(slots, problem.value_dim, home=home, waiting=waiting)
+    return DeviceStates(slots, problem.value_dim, home=home, waiting=waiting, saved=saved)
 
 
 def _outgoing(plan: Plan, results: Results, kernel: CudaKernel, arena: Arena) -> DeviceResults:

@@ -1,0 +1,52 @@
+"""What it costs to save a job, and how often that is worth it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from ..units import format_bytes, format_seconds
+from .candidates import Candidate
+from .cost import Rates
+from .memory import state_row_bytes
+from .problem import Problem
+
+# Of the run time; a commit of nothing but its record takes some milliseconds.
+SHARE = 0.03
+LEAST_INTERVAL_S = 0.5
+
+
+@dataclass(frozen=True, slots=True)
+class Durability:
+    """How a job is saved: ``lanes`` may run by themselves, each is saved every ``interval_s`` seconds.
+
+    A commit writes at most ``checkpoint_bytes`` of states; all that are kept take ``disk_bytes`` beside the output.
+    """
+
+    lanes: int
+    interval_s: float
+    checkpoint_bytes: int
+    disk_bytes: int
+    part_s: float
+
+    def __str__(self) -> str:
+        written = f"at most {format_bytes(self.checkpoint_bytes)} of states"
+        risk = format_seconds(self.interval_s + self.part_s)
+        return (
+            f"every {format_seconds(self.interval_s)}, {written}; work at risk {risk};"
+            f" {format_bytes(self.disk_bytes)} on disk"
+        )
+
+
+def durability(problem: Problem, chosen: Candidate, rates: Rates, lanes: int, interval_s: float | None) -> Durability:
+    """How a job that runs ``chosen`` is saved, every ``interval_s`` seconds or as often as ``SHARE`` allows."""
+    heads, row_bytes = chosen.batches * chosen.heads, state_row_bytes(problem)
+    tiles = chosen.cover == "rectangular"
+    rows = chosen.residency.query_chunk if tiles else problem.query_tokens
+    in_memory = rows if not chosen.states_on_disk else chosen.residency.query_chunk
+    written = heads * in_memory * row_bytes
+    meet = lanes > 1 and not tiles and chosen.query_parts > 1
+    groups = problem.batch * problem.heads // heads if meet else 1
+    disk = 2 * lanes * groups * heads * rows * row_bytes
+    if interval_s is None:
+        interval_s = max(LEAST_INTERVAL_S, written / (rates.disk_write_bytes * SHARE))
+    return Durability(lanes, interval_s, written, disk, chosen.part_s)

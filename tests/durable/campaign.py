@@ -1,0 +1,93 @@
+"""Kills jobs at random instants until they are done, many times over, and compares every byte with an unbroken run.
+
+    python tests/durable/campaign.py [--kills 1000] [--seed 0] [--device cpu] [--directory /tmp/campaign]
+
+Prints a line a job and one in all; the exit code says whether a byte was wrong.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import random
+import shutil
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+from durable_cases import CASES, Case, command, digest, folder, kill_after, log, make, run, start
+
+# A job that is killed so often runs to its end then: every kind gets its share.
+MOST = 25
+
+
+def kill_until_done(case: Case, expected: str, seconds: float, rng: random.Random, most: int) -> tuple[int, int, bool]:
+    """One job from its begin to its end: kills, runs, and whether the output is what it should be."""
+    kills = runs = 0
+    while kills < most:
+        runs += 1
+        code = kill_after(start(command(case)), rng.uniform(0, 0.6 * seconds))
+        if code == 0:
+            break
+        if code != -9:
+            print(f"{case.name}: exit code {code}: {log()}", flush=True)
+            return kills, runs, False
+        kills += 1
+    else:
+        runs += 1
+        if run(command(case)) != 0:
+            print(f"{case.name}: the last run failed: {log()}", flush=True)
+            return kills, runs, False
+    right = digest() == expected
+    left = sorted(name for name in os.listdir() if name not in ("qkv.h5", "out.h5", "run.log"))
+    if left or not right:
+        print(f"{case.name}: {'wrong bytes' if not right else f'left behind: {left}'}", flush=True)
+    os.remove("out.h5")
+    return kills, runs, right and not left
+
+
+def campaign(kills: int, seed: int, directory: Path, cases: list[Case]) -> bool:
+    """Rounds over all cases until so many kills were survived; whether every output was right."""
+    rng, total, runs, jobs, wrong = random.Random(seed), 0, 0, 0, 0
+    expected: dict[str, tuple[str, float]] = {}
+    for case in cases:
+        with folder(directory / case.name.replace(" ", "-")):
+            make(case)
+            run(command(case))  # compiles and warms
+            os.remove("out.h5")
+            begun = time.monotonic()
+            assert run(command(case)) == 0, log()
+            expected[case.name] = digest(), time.monotonic() - begun
+            os.remove("out.h5")
+    while total < kills:
+        for case in cases:
+            with folder(directory / case.name.replace(" ", "-")):
+                found, seconds = expected[case.name]
+                more, ran, right = kill_until_done(case, found, seconds, rng, min(MOST, kills - total))
+            total, runs, jobs, wrong = total + more, runs + ran, jobs + 1, wrong + (not right)
+            if total >= kills:
+                break
+        print(f"{total} kills, {runs} runs, {jobs} jobs, {wrong} of them wrong", flush=True)
+    return wrong == 0
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--kills", type=int, default=1000)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--directory", help="where to work (default: temporary)")
+    arguments = parser.parse_args()
+    cases = [Case(c.name, c.spec, (*c.options, "--device", arguments.device)) for c in CASES]
+    directory = Path(arguments.directory or tempfile.mkdtemp(prefix="cqsa-campaign-"))
+    try:
+        right = campaign(arguments.kills, arguments.seed, directory, cases)
+    finally:
+        if arguments.directory is None:
+            shutil.rmtree(directory)
+    sys.exit(0 if right else 1)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,170 @@
+"""Jobs for the tests of durability: small ones of every kind, and runs of them as processes that can be killed."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+import signal
+import sys
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from cqsa_arrays.cli import main
+from cqsa_arrays.storage import InputSpec, make_inputs
+
+
+@dataclass(frozen=True)
+class Case:
+    """A kind of job: what the inputs are and which options it runs with."""
+
+    name: str
+    spec: InputSpec
+    options: tuple[str, ...]
+    files: tuple[str, ...] = field(default=("out.h5",))
+
+
+def _spec(tokens: int, heads: int, dim: int, dtype: str = "float32", layout: str = "bhnd", batch: int = 1) -> InputSpec:
+    return InputSpec(tokens=tokens, heads=heads, head_dim=dim, dtype=dtype, layout=layout, batch=batch, seed=1)
+
+
+# On one thread, so that several runs fit two processors; every step is committed.
+_ALWAYS = ("--threads", "1", "--checkpoint", "0", "--quiet", "--device", "cpu")
+CASES = [
+    Case("cqs in memory", _spec(2000, 3, 16), ("--causal", "--chunks", "7")),
+    Case("cqs on disk", _spec(2000, 4, 8, "float64"), ("--chunks", "13", "--memory", "1300KiB")),
+    Case("rectangular", _spec(2500, 2, 16, "float16"), ("--causal", "--cover", "rectangular", "--memory", "1200KiB")),
+    Case("heads together", _spec(1500, 4, 8, layout="bnhd", batch=2), ("--chunks", "3")),
+    Case("lanes of cqs", _spec(1500, 2, 16), ("--causal", "--chunks", "7", "--lanes", "3")),
+    Case("lanes of tiles", _spec(2500, 2, 16), ("--cover", "rectangular", "--memory", "1300KiB", "--lanes", "2")),
+]
+
+
+def command(case: Case, *more: str) -> list[str]:
+    """``cqsa attend`` of a case, in the working directory."""
+    return ["attend", "qkv.h5", "-o", "out.h5", *_ALWAYS, *case.options, *more]
+
+
+def make(case: Case) -> None:
+    """The inputs of a case in the working directory."""
+    make_inputs("qkv.h5", case.spec)
+
+
+def digest(path: str | Path = "out.h5") -> str:
+    return hashlib.sha256(Path(path).read_bytes()).hexdigest()
+
+
+def unbroken(case: Case) -> str:
+    """The hash of the output of a run without any interruption; the output itself is removed."""
+    assert run(command(case)) == 0
+    found = digest()
+    os.remove("out.h5")
+    assert sorted(os.listdir()) == ["qkv.h5"]
+    return found
+
+
+def run(argv: list[str], before: Callable[[], None] = lambda: None) -> int:
+    """Exit code of ``cqsa``, or minus the signal that killed it, as a process of its own; ``before`` runs in it."""
+    return wait(start(argv, before))
+
+
+def start(argv: list[str], before: Callable[[], None] = lambda: None) -> int:
+    """A process with ``cqsa argv``, in a copy of this one: a tenth of a second instead of one."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    process = os.fork()
+    if process:
+        return process
+    code = 70
+    try:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
+        with open("run.log", "w") as log:
+            os.dup2(log.fileno(), 1)
+            os.dup2(log.fileno(), 2)
+        before()
+        code = main(argv)
+    except SystemExit as left:
+        code = left.code if isinstance(left.code, int) else 70
+    except BaseException:  # noqa: BLE001 - whatever it is, the copy must not go on as a second test
+        traceback.print_exc()
+    finally:
+        with contextlib.suppress(BaseException):
+            sys.stdout.flush()
+            sys.stderr.flush()
+        os._exit(code)
+
+
+def wait(process: int) -> int:
+    """Its exit code, or minus the signal; the log is removed where nothing went wrong."""
+    _, status = os.waitpid(process, 0)
+    code = os.waitstatus_to_exitcode(status)
+    if code == 0 and os.path.exists("run.log"):
+        os.remove("run.log")
+    return code
+
+
+def log() -> str:
+    """What the last run that did not succeed has printed."""
+    return Path("run.log").read_text()
+
+
+def kill_after(process: int, seconds: float) -> int:
+    """SIGKILL after a while, if it still runs; its exit code."""
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        found, status = os.waitpid(process, os.WNOHANG)
+        if found:
+            return os.waitstatus_to_exitcode(status)
+        time.sleep(min(0.002, max(0.0, end - time.monotonic())))
+    os.kill(process, signal.SIGKILL)
+    return wait(process)
+
+
+class Killed:
+    """Kills the process at the ``at``-th call of a system function that changes what is on the disk.
+
+    ``how``: before the call, after it, or in the middle of a write.
+    """
+
+    NAMES = ("pwrite", "fsync", "replace", "remove", "unlink", "makedirs", "posix_fallocate", "open")
+
+    def __init__(self, at: int, how: str) -> None:
+        self._at, self._how, self._count = at, how, 0
+
+    def __call__(self) -> None:
+        """Put it in place."""
+        from cqsa_arrays.durable.ledger import Ledger
+
+        for name in self.NAMES:
+            setattr(os, name, self._around(getattr(os, name), halves=name == "pwrite"))
+        Ledger.commit = self._around(Ledger.commit)
+
+    def _around(self, usual: Callable, halves: bool = False) -> Callable:
+        def call(*arguments, **named):
+            self._count += 1
+            if self._count == self._at:
+                if self._how == "half" and halves:
+                    descriptor, data, position = arguments
+                    usual(descriptor, data[: len(data) // 2], position)
+                elif self._how == "after":
+                    usual(*arguments, **named)
+                os.kill(os.getpid(), signal.SIGKILL)
+            return usual(*arguments, **named)
+
+        return call
+
+
+@contextlib.contextmanager
+def folder(path: Path) -> Iterator[Path]:
+    """``path`` as the working directory."""
+    before = os.getcwd()
+    path.mkdir(parents=True, exist_ok=True)
+    os.chdir(path)
+    try:
+        yield path
+    finally:
+        os.chdir(before)
