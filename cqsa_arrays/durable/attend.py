@@ -58,6 +58,8 @@ def attend(setup: Setup, stop: Stop) -> RunReport:
     if setup.restart:
         drop(folder)
     if not folder.exists:
+        if os.path.lexists(setup.out) and not setup.overwrite:
+            folder.remove_remains()
         check_target(setup.out, setup.output.inputs, overwrite=setup.overwrite, of_job=True)
     try:
         return _attend(setup, folder, stop)

@@ -41,7 +41,8 @@ class _Sealed:
 
     position: Position
     moment: Moment
-    versions: dict[tuple[int, int], Version]
+    written: dict[tuple[int, int], Version]
+    kept: dict[tuple[int, int], Version]
     rows: list[tuple[int, Range]]
 
 
@@ -92,7 +93,7 @@ class LaneCheckpoint:
         resident.settle()
         resident.save()
         moment = Moment(time.time(), self._pairs, self._before_s + time.perf_counter() - self._begun)
-        sealed = _Sealed(position, moment, self._lane.states.seal(), self._rows)
+        sealed = _Sealed(position, moment, *self._lane.states.seal(), self._rows)
         self._rows = []
         self._pending = self._pool.submit(self._commit, sealed)
         self._last = time.perf_counter()
@@ -121,7 +122,7 @@ class LaneCheckpoint:
         """
         lane = self._lane
         try:
-            versions = lane.states.checked(sealed.versions)
+            versions = lane.states.checked(sealed.written)
             groups = lane.plan.groups
             rows = {(g, part): lane.output.checksum(groups[g].batch, groups[g].heads, part) for g, part in sealed.rows}
             lane.states.sync()
@@ -129,7 +130,7 @@ class LaneCheckpoint:
             lane.check_inputs()
             record = replace(
                 self._record, position=sealed.position, moments=(*self._record.moments, sealed.moment)[-RECENT:],
-                versions=self._kept(sealed.position, lane.states.merged(versions)),
+                versions=self._kept(sealed.position, {**sealed.kept, **versions}),
                 finished=self._record.finished + len(rows),
             )  # fmt: skip
             lane.ledger.commit(

@@ -123,12 +123,15 @@ class StateFile:
             self._written[key] = Version(slot, size_bytes, len(chunk) if rows is None else rows)
         self._restored.discard(key)
 
-    def seal(self) -> dict[tuple[int, int], Version]:
-        """What was written since the last commit and is to be committed now; ``committed`` must follow."""
+    def seal(self) -> tuple[dict[tuple[int, int], Version], dict[tuple[int, int], Version]]:
+        """What was written since the last commit and is to be committed now, and what stays of those before.
+
+        ``committed`` must follow. The run goes on meanwhile, and may turn to another group.
+        """
         with self._lock:
             self._sealed, self._written = self._written, {}
-        self._settled.clear()
-        return dict(self._sealed)
+            self._settled.clear()
+            return dict(self._sealed), dict(self._committed)
 
     def checked(self, versions: Versions) -> dict[tuple[int, int], Version]:
         """``versions`` with their checksums, of what the file gives back."""
@@ -136,11 +139,6 @@ class StateFile:
             key: replace(v, checksum=self._file.checksum(self._position(*key, v.slot), v.size_bytes))
             for key, v in versions.items()
         }
-
-    def merged(self, versions: Versions) -> dict[tuple[int, int], Version]:
-        """What is committed once ``versions`` are."""
-        with self._lock:
-            return {**self._committed, **versions}
 
     def committed(self, versions: Versions) -> None:
         """``versions`` are committed, or none where that failed."""

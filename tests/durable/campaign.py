@@ -14,9 +14,24 @@ import shutil
 import sys
 import tempfile
 import time
+from itertools import count
 from pathlib import Path
 
-from durable_cases import CASES, Case, command, digest, folder, kill_after, log, make, run, start
+from durable_cases import (
+    CASES,
+    HOWS,
+    Case,
+    command,
+    digest,
+    folder,
+    kill_after,
+    killed_at,
+    log,
+    make,
+    run,
+    start,
+    unbroken,
+)
 
 # A job that is killed so often runs to its end then: every kind gets its share.
 MOST = 25
@@ -72,17 +87,32 @@ def campaign(kills: int, seed: int, directory: Path, cases: list[Case]) -> bool:
     return wrong == 0
 
 
+def every_step(case: Case, directory: Path) -> int:
+    """Kills at every step that changes the disk, before, amid and after it, and lets another run go on; how many."""
+    steps = 0
+    with folder(directory / f"steps-{case.name.replace(' ', '-')}"):
+        make(case)
+        expected = unbroken(case)
+        for how in HOWS:
+            steps += next(at for at in count(1) if not killed_at(case, expected, at, how)) - 1
+    print(f"{case.name}: killed at each of {steps} steps, no byte wrong", flush=True)
+    return steps
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=1000)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="cpu")
+    parser.add_argument("--steps", action="store_true", help="kill at every step that changes the disk, too")
     parser.add_argument("--directory", help="where to work (default: temporary)")
     arguments = parser.parse_args()
     cases = [Case(c.name, c.spec, (*c.options, "--device", arguments.device)) for c in CASES]
     directory = Path(arguments.directory or tempfile.mkdtemp(prefix="cqsa-campaign-"))
     try:
         right = campaign(arguments.kills, arguments.seed, directory, cases)
+        for case in cases if arguments.steps else ():
+            every_step(case, directory)
     finally:
         if arguments.directory is None:
             shutil.rmtree(directory)

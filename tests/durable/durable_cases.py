@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import os
+import shutil
 import signal
 import sys
 import time
@@ -82,9 +83,7 @@ def start(argv: list[str], before: Callable[[], None] = lambda: None) -> int:
     try:
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
-        with open("run.log", "w") as log:
-            os.dup2(log.fileno(), 1)
-            os.dup2(log.fileno(), 2)
+        sys.stdout = sys.stderr = open("run.log", "w", buffering=1)  # noqa: SIM115 - until the end
         before()
         code = main(argv)
     except SystemExit as left:
@@ -133,7 +132,7 @@ class Killed:
     NAMES = ("pwrite", "fsync", "replace", "remove", "unlink", "makedirs", "posix_fallocate", "open")
 
     def __init__(self, at: int, how: str) -> None:
-        self._at, self._how, self._count = at, how, 0
+        self.at, self._how, self.count = at, how, 0
 
     def __call__(self) -> None:
         """Put it in place."""
@@ -145,8 +144,8 @@ class Killed:
 
     def _around(self, usual: Callable, halves: bool = False) -> Callable:
         def call(*arguments, **named):
-            self._count += 1
-            if self._count == self._at:
+            self.count += 1
+            if self.count == self.at:
                 if self._how == "half" and halves:
                     descriptor, data, position = arguments
                     usual(descriptor, data[: len(data) // 2], position)
@@ -156,6 +155,46 @@ class Killed:
             return usual(*arguments, **named)
 
         return call
+
+
+HOWS = ("before", "half", "after")
+
+
+def steps_of(case: Case) -> int:
+    """How many steps of a run change the disk: it is killed at the last of them, which is found by halving."""
+    low, high = 1, 2
+    while run(command(case), Killed(high, "before")) != 0:
+        _clean()
+        low, high = high, 2 * high
+    _clean()
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (low, middle) if run(command(case), Killed(middle, "before")) == 0 else (middle, high)
+        _clean()
+    return low
+
+
+def _clean() -> None:
+    """Only the inputs stay."""
+    for name in set(os.listdir()) - {"qkv.h5"}:
+        shutil.rmtree(name) if os.path.isdir(name) else os.remove(name)
+
+
+def killed_at(case: Case, expected: str, at: int, how: str) -> bool:
+    """Kill a run at its ``at``-th step, and let another go on; False where there are fewer steps. Asserts the bytes."""
+    code = run(command(case), Killed(at, how))
+    if code == 0:
+        os.remove("out.h5")
+        return False
+    assert code == -signal.SIGKILL, log()
+    done = run(command(case))
+    # Killed when the job was over already, and only its folder was still there: the command finds an output.
+    over = done == 2 and "found out.h5, which exists" in log()
+    assert done == 0 or over, f"{how} step {at}: {log()}"
+    assert digest() == expected, f"{how} step {at}"
+    os.remove("out.h5")
+    assert sorted(set(os.listdir()) - {"run.log"}) == ["qkv.h5"], f"{how} step {at}"
+    return True
 
 
 @contextlib.contextmanager

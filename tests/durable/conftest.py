@@ -1,0 +1,33 @@
+"""Fixtures of the tests of durability."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from cqsa_arrays.kernels.cpu.kernel import load
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _compiled() -> None:
+    """The processes of these tests are copies of this one: it has the kernels loaded."""
+    for dtype in ("float32", "float64"):
+        load(dtype)
+
+
+@pytest.fixture
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """An empty working directory."""
+    monkeypatch.chdir(tmp_path)
+    yield tmp_path
+    assert not [name for name in os.listdir("/proc/self/fd") if _deleted(name)]
+
+
+def _deleted(name: str) -> bool:
+    try:
+        return "out.h5" in os.readlink(f"/proc/self/fd/{name}")
+    except FileNotFoundError:
+        return False

@@ -1,0 +1,96 @@
+"""Killed at any instant, a job goes on and ends with the bytes of an unbroken run. ``campaign.py`` does much more."""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import time
+
+import pytest
+from campaign import kill_until_done
+from durable_cases import (
+    CASES,
+    HOWS,
+    Killed,
+    command,
+    digest,
+    killed_at,
+    log,
+    make,
+    run,
+    start,
+    steps_of,
+    unbroken,
+    wait,
+)
+
+by_case = pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+
+
+@by_case
+def test_killed_at_random_instants(here, case) -> None:
+    make(case)
+    begun = time.monotonic()
+    expected = unbroken(case)
+    kills, runs, right = kill_until_done(case, expected, time.monotonic() - begun, random.Random(case.name), 6)
+    assert right, log()
+    assert kills >= 1
+    assert runs > kills
+
+
+@pytest.mark.parametrize("how", HOWS)
+@pytest.mark.parametrize("case", [CASES[0], CASES[1], CASES[5]], ids=lambda case: case.name)
+def test_killed_at_steps_that_change_the_disk(here, case, how) -> None:
+    """The first and last ones, and some of those between; the campaign takes each."""
+    make(case)
+    expected, steps = unbroken(case), steps_of(case)
+    assert steps > 50
+    drawn = random.Random(f"{case.name} {how}").sample(range(5, steps - 8), 5)
+    for at in (*range(1, 30, 6), *sorted(drawn), *range(steps - 8, steps + 1, 2)):
+        assert killed_at(case, expected, at, how)
+
+
+def test_a_commit_that_was_not_synced_would_be_seen(here, monkeypatch) -> None:
+    """The check can fail: a run that goes on with a state of another place ends with other bytes."""
+    from cqsa_arrays.durable import checkpoint
+
+    case = CASES[0]
+    make(case)
+    expected = unbroken(case)
+    usual = checkpoint.LaneCheckpoint.reached
+
+    def late(self, position, resident) -> None:
+        """Names a place before which not everything was done."""
+        usual(self, position.__class__(position.group, position.task, position.step + 1, 0), resident)
+
+    monkeypatch.setattr(checkpoint.LaneCheckpoint, "reached", late)
+    for at in range(40, 400, 7):
+        if run(command(case), Killed(at, "before")) == 0:
+            os.remove("out.h5")
+            break
+        if run(command(case)) != 0 or digest() != expected:
+            return
+        os.remove("out.h5")
+    pytest.fail("no byte was wrong")
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_asked_to_stop_a_job_commits_and_goes_on(here, number, code) -> None:
+    case = CASES[0]
+    make(case)
+    expected = unbroken(case)
+    stopped = 0
+    for delay in (0.02, 0.05, 0.08, 0.1):
+        process = start(command(case))
+        time.sleep(delay)
+        os.kill(process, number)
+        found = wait(process)
+        if found == 0:
+            break
+        assert found in (code, -signal.SIGTERM), log()  # before a handler is there, the system ends it
+        stopped += 1
+        assert "Traceback" not in log()
+    assert stopped
+    assert os.path.exists("out.h5") or run(command(case)) == 0
+    assert digest() == expected
