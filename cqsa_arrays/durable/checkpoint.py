@@ -85,7 +85,9 @@ class LaneCheckpoint:
         reason, at_end = self._stop.reason, position == self._end
         if reason and position == self._record.position and not at_end:  # nothing new
             raise JobStopped(reason)
-        due = time.perf_counter() - self._last >= self._interval_s and self._pending is None
+        # Where every place was asked for, every one is committed.
+        free = self._pending is None or self._asked_s == 0
+        due = free and time.perf_counter() - self._last >= self._interval_s
         if not (due or reason or at_end):
             return
         self._wait()
