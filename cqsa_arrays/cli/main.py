@@ -1,7 +1,7 @@
 """Entry of the command: parses, runs one subcommand, turns errors into messages and exit codes.
 
-Exit codes: 0 done; 1 a comparison or verification failed; 2 input that cannot be used; 130 interrupted;
-141 nobody read the output; 143 terminated.
+Exit codes: 0 done; 1 a comparison or verification failed; 2 input that cannot be used, or memory that was refused;
+130 interrupted; 141 nobody read the output; 143 terminated.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from types import FrameType
 
 from ..errors import CqsaError
 from .parser import build_parser
+from .process import keep_small, memory_was_refused, refusal
 
 FAILED, UNUSABLE, INTERRUPTED, UNREAD, TERMINATED = 1, 2, 130, 141, 143
 
@@ -27,6 +28,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         if signal.getsignal(number) is not signal.SIG_IGN:  # what nohup asks for stays ignored
             signal.signal(number, _terminate)
     try:
+        if arguments.command == "attend":
+            keep_small()
         from . import commands
 
         succeeded = getattr(commands, arguments.command)(arguments)
@@ -43,6 +46,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         # The reader of our output is gone, as in `cqsa info x.h5 | head`: nothing is left to say to it.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return UNREAD
+    except Exception as error:
+        if not memory_was_refused(error):
+            raise
+        print(f"cqsa {arguments.command}: {refusal(error)}", file=sys.stderr)
+        return UNUSABLE
 
 
 def _terminate(number: int, frame: FrameType | None) -> None:
