@@ -1,10 +1,12 @@
 """The engine runs a plan: pages inputs in, keeps states, hands out finished rows. Start reading at ``executor.run``."""
 
+from .allocation import make_ready
 from .executor import RunReport, run
 from .progress import Progress, ProgressBar, Silent
 from .resident import Inputs
 from .results import OutputResults, StatisticsResults
 
 __all__ = [
-    "Inputs", "OutputResults", "Progress", "ProgressBar", "RunReport", "Silent", "StatisticsResults", "run",
+    "Inputs", "OutputResults", "Progress", "ProgressBar", "RunReport", "Silent", "StatisticsResults", "make_ready",
+    "run",
 ]  # fmt: skip
