@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import errno
 import mmap
 import os
 from typing import Any
 
 import numpy as np
 
+from .units import format_bytes
+
 
 def allocate(shape: int | tuple[int, ...], dtype: Any) -> np.ndarray:
     """A zeroed array in pages of its own, page-aligned.
 
     Arrays of a few MiB from the C heap leave holes in it when they are freed (3 MiB were seen in a budget of 20): with
-    pages of its own a buffer counts for what it is while it lives, and for nothing afterwards.
+    pages of its own a buffer counts for what it is while it lives, and for nothing afterwards. Raises MemoryError where
+    the system refuses that much, under a limit on this process for example.
 
     >>> allocate((2, 3), "float32").sum()
     np.float32(0.0)
@@ -22,7 +26,12 @@ def allocate(shape: int | tuple[int, ...], dtype: Any) -> np.ndarray:
     size_bytes = max(1, count * np.dtype(dtype).itemsize)
     if os.name != "posix":
         return np.frombuffer(mmap.mmap(-1, size_bytes), dtype, count).reshape(shape)
-    pages = mmap.mmap(-1, size_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    try:
+        pages = mmap.mmap(-1, size_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    except OSError as error:
+        if error.errno != errno.ENOMEM:
+            raise
+        raise MemoryError(f"the system refuses {format_bytes(size_bytes)} of memory") from error
     if hasattr(mmap, "MADV_HUGEPAGE"):  # one fault for 2 MiB instead of 512
         pages.madvise(mmap.MADV_HUGEPAGE)
     return np.frombuffer(pages, dtype, count).reshape(shape)

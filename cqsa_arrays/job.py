@@ -15,7 +15,7 @@ import numpy as np
 from . import arguments
 from .block_statistics import BlockStatistics
 from .devices import Gpu
-from .engine import Inputs, OutputResults, Progress, ProgressBar, RunReport, Silent, StatisticsResults, run
+from .engine import Inputs, OutputResults, Progress, ProgressBar, RunReport, Silent, StatisticsResults, make_ready, run
 from .errors import ArgumentError, BudgetError, DeviceMemoryError
 from .kernels.cuda.variants import variant_for
 from .masks import Mask
@@ -168,6 +168,7 @@ def attend(job: Job) -> tuple[Any, RunReport]:
     request, problem, inputs = job.request, job.plan.problem, job.inputs
     layout, shape = inputs.q.layout, arguments.result_shape(inputs)
     dtype = arguments.resolve_dtype(problem.result.dtype, inputs.q.dtype)
+    make_ready(job.plan)
     if problem.result.place == "file":
         with OutputFile.create(
             request.out, shape=shape, dtype=dtype, layout=layout, lse_dtype=np.dtype(problem.compute_dtype),

@@ -14,7 +14,7 @@ from . import arguments
 from . import job as jobs
 from .durable import OutputSpec, Setup, Stop, stored_request
 from .durable import attend as run_durably
-from .engine import Progress, ProgressBar, RunReport, Silent
+from .engine import Progress, ProgressBar, RunReport, Silent, make_ready
 from .errors import ArgumentError, CqsaError, DeviceMemoryError, StorageError
 from .job import Job, Request, as_durable, input_paths, kernel_name, output_attributes, smaller_plan
 from .options import Options
@@ -27,6 +27,7 @@ def attend(job: Job, stop: Stop | None = None) -> tuple[Any, RunReport]:
     options = job.request.options
     if not options.durable:
         return jobs.attend(job)
+    make_ready(job.plan)
     report = run_durably(_setup(job), Stop(options.max_time_s) if stop is None else stop)
     return dataset_in(os.fspath(job.request.out), "/out", argument="out"), report
 

@@ -2,12 +2,22 @@
 
 from __future__ import annotations
 
+import threading
 from collections import deque
 from collections.abc import Callable, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from typing import TypeVar
 
 T = TypeVar("T")
+# What glibc reserves for the stack of a thread unless it is told otherwise (ulimit -s).
+DEFAULT_STACK_BYTES = 8 << 20
+
+
+def stack_bytes() -> int:
+    """What the stack of a new thread reserves."""
+    found = threading.stack_size()  # which also goes back to the default
+    threading.stack_size(found)
+    return found or DEFAULT_STACK_BYTES
 
 
 class Workers:

@@ -1,7 +1,8 @@
 """Entry of the command: parses, runs one subcommand, turns errors into messages and exit codes.
 
-Exit codes: 0 done; 1 a comparison or verification failed; 2 input that cannot be used; 3 a job that is not finished
-yet, everything done so far being committed; 130 interrupted; 141 nobody read the output; 143 terminated.
+Exit codes: 0 done; 1 a comparison or verification failed; 2 input that cannot be used, or memory that was refused;
+3 a job that is not finished yet, everything done so far being committed; 130 interrupted; 141 nobody read the output;
+143 terminated.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from types import FrameType
 
 from ..errors import CqsaError, JobBusyError, JobStopped
 from .parser import build_parser
+from .process import keep_small, memory_was_refused, refusal
 from .reasons import INTERRUPTED_BY, TERMINATED_BY
 
 FAILED, UNUSABLE, UNFINISHED, INTERRUPTED, UNREAD, TERMINATED = 1, 2, 3, 130, 141, 143
@@ -29,6 +31,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         if signal.getsignal(number) is not signal.SIG_IGN:  # what nohup asks for stays ignored
             signal.signal(number, _terminate)
     try:
+        if arguments.command == "attend":
+            keep_small()
         from . import commands
 
         succeeded = getattr(commands, arguments.command)(arguments)
@@ -49,6 +53,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         # The reader of our output is gone, as in `cqsa info x.h5 | head`: nothing is left to say to it.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return UNREAD
+    except Exception as error:
+        if not memory_was_refused(error):
+            raise
+        print(f"cqsa {arguments.command}: {refusal(error)}{_go_on(arguments)}", file=sys.stderr)
+        return UNUSABLE
 
 
 def _go_on(arguments: argparse.Namespace) -> str:

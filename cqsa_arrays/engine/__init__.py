@@ -1,5 +1,6 @@
 """The engine runs a plan: pages inputs in, keeps states, hands out finished rows. Start reading at ``executor.run``."""
 
+from .allocation import make_ready
 from .checkpoint import Checkpoint
 from .executor import RunReport, run
 from .progress import Progress, ProgressBar, Silent
@@ -8,5 +9,5 @@ from .results import OutputResults, StatisticsResults
 
 __all__ = [
     "Checkpoint", "Inputs", "OutputResults", "Progress", "ProgressBar", "RunReport", "Silent", "StatisticsResults",
-    "run",
+    "make_ready", "run",
 ]  # fmt: skip

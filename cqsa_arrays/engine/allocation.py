@@ -6,12 +6,31 @@ from contextlib import ExitStack, closing
 
 import numpy as np
 
+from .. import buffers
 from ..planner import Plan
+from ..workers import stack_bytes
 from .pages import Pages
 from .resident import HostResident, Inputs, Operands, Resident
 from .results import Results
 from .statefile import StateFile
 from .states import open_states
+
+# By how much the C heap grows during a run, besides what the plan counts: Python's objects, HDF5's.
+HEAP_BYTES = 8 << 20
+
+
+def make_ready(plan: Plan) -> None:
+    """Load the kernel of a run on the CPU, and see that the system has room for all of the run; to be called first.
+
+    Where memory is refused later, nothing good comes of it: LLVM ends the process, and Python waits for ever for a
+    thread that could not begin. Raises MemoryError. Nothing is kept, and no page is touched.
+    """
+    if plan.device == "cpu":
+        from ..kernels.cpu.kernel import load
+
+        load(plan.problem.compute_dtype)
+        threads = 2 * plan.chosen.residency.threads + 3  # of kernel and output; read-ahead, progress bar, commits
+        buffers.allocate(plan.memory_bytes + threads * stack_bytes() + HEAP_BYTES, np.uint8)
 
 
 def allocate(
