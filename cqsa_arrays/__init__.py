@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from .api import attention, causal, open, plan, statistics
     from .block_statistics import BlockStatistics, merge
     from .comparison import ErrorReport, Tolerance, compare
-    from .errors import ArgumentError, BudgetError, CqsaError, DeviceError, StorageError
+    from .errors import ArgumentError, BudgetError, CqsaError, DeviceError, JobBusyError, JobStopped, StorageError
     from .options import Options
     from .planner import Plan
     from .verification import verify
@@ -27,7 +27,15 @@ if TYPE_CHECKING:
 _HOMES = {
     "api": ("attention", "causal", "open", "plan", "statistics"),
     "comparison": ("ErrorReport", "Tolerance", "compare"),
-    "errors": ("ArgumentError", "BudgetError", "CqsaError", "DeviceError", "StorageError"),
+    "errors": (
+        "ArgumentError",
+        "BudgetError",
+        "CqsaError",
+        "DeviceError",
+        "JobBusyError",
+        "JobStopped",
+        "StorageError",
+    ),
     "options": ("Options",),
     "planner": ("Plan",),
     "block_statistics": ("BlockStatistics", "merge"),
@@ -36,9 +44,9 @@ _HOMES = {
 _HOME_OF = {name: module for module, names in _HOMES.items() for name in names}
 
 __all__ = [
-    "ArgumentError", "BlockStatistics", "BudgetError", "CqsaError", "DeviceError", "ErrorReport", "Options", "Plan",
-    "StorageError", "Tolerance", "__version__", "attention", "causal", "compare", "merge", "open", "plan", "statistics",
-    "verify",
+    "ArgumentError", "BlockStatistics", "BudgetError", "CqsaError", "DeviceError", "ErrorReport", "JobBusyError",
+    "JobStopped", "Options", "Plan", "StorageError", "Tolerance", "__version__", "attention", "causal", "compare",
+    "merge", "open", "plan", "statistics", "verify",
 ]  # fmt: skip
 
 

@@ -18,7 +18,7 @@ from .masks import Causal, Full, Mask
 from .options import Options
 from .planner import COVERS, Budget, Machine, Operand, Problem, Rates, Result
 from .storage import LAYOUTS, DeviceSource, HostSource, Layout, TokenSource, as_source, dataset
-from .units import format_bytes, parse_bytes
+from .units import format_bytes, parse_bytes, parse_seconds
 
 FLOATS = ("float16", "bfloat16", "float32", "float64")
 MAX_HEAD_DIM = 1024
@@ -133,6 +133,21 @@ def check_options(options: object) -> None:
     if options.cover not in COVERS:
         remedy = "'auto' lets the planner choose."
         raise ArgumentError("cover", _shown(options.cover), f"one of {', '.join(COVERS)}", remedy)
+    whole_number(options.lanes, "lanes", 1, "Leave it out for one.")
+    for name in ("checkpoint_s", "max_time_s"):
+        if getattr(options, name) is not None:
+            parse_seconds(getattr(options, name), name)
+    for name, usual in (("lanes", 1), ("max_time_s", None), ("restart", False)):
+        if not options.durable and getattr(options, name) != usual:
+            found = _shown(getattr(options, name))
+            raise ArgumentError(name, found, f"{usual}, or a durable job", "Pass Options(durable=True) and out=.")
+
+
+def check_durable(options: Options, out: object) -> None:
+    """A job that can be resumed writes a file."""
+    if options.durable and (not isinstance(out, (str, os.PathLike)) or not os.fspath(out)):
+        found = "no out=" if out is None else f"out of type {type(out).__name__}"
+        raise ArgumentError("durable", found, "the path of a new file", "Pass out='out.h5', or leave durable out.")
 
 
 def machine(options: Options, gpu: Gpu | None) -> Machine:

@@ -31,7 +31,7 @@ from .planner import (
     output_piece_rows,
 )
 from .storage import ArraySink, OutputFile, Sink, TokenSource, dataset_in, output_staging_bytes
-from .units import format_bytes
+from .units import format_bytes, parse_seconds
 from .version import __version__
 
 logger = logging.getLogger("cqsa_arrays")
@@ -75,6 +75,7 @@ def prepared(request: Request, *, as_statistics: bool = False) -> Iterator[Job]:
     Raises ArgumentError, BudgetError, DeviceError and StorageError for what cannot be done.
     """
     arguments.check_options(request.options)
+    arguments.check_durable(request.options, request.out)
     arguments.check_layout(request.layout)
     with ExitStack() as stack:
         sources = []
@@ -97,7 +98,8 @@ def prepared(request: Request, *, as_statistics: bool = False) -> Iterator[Job]:
 def as_durable(plan: Plan, options: Options, gpu: Gpu | None, lanes: int | None = None) -> Plan:
     """``plan`` as one of a job that can be resumed."""
     rates, lanes = arguments.machine(options, gpu).rates, options.lanes if lanes is None else lanes
-    return replace(plan, durability=durability(plan.problem, plan.chosen, rates, lanes, options.checkpoint_s))
+    interval_s = None if options.checkpoint_s is None else parse_seconds(options.checkpoint_s, "checkpoint_s")
+    return replace(plan, durability=durability(plan.problem, plan.chosen, rates, lanes, interval_s))
 
 
 def _placed(result: Result, gpu: Gpu | None, stays: bool) -> Result:

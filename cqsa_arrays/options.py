@@ -20,9 +20,9 @@ class Options:
 
     ``durable`` (needs ``out`` to be a path): what is done is committed in the folder ``out + ".job"``, and after any
     interruption the same call goes on from there. ``lanes``: so many shares of the work, which several processes may
-    compute at once; they are part of the plan, and belong to a durable job. ``checkpoint_s``: seconds between commits
-    (default: as often as costs 3 % of the time at most). ``max_time_s``: stop after so many seconds, with everything
-    committed. ``restart``: drop an unfinished job of this output and begin anew.
+    compute at once; they are part of the plan, and belong to a durable job. ``checkpoint_s``: seconds between commits,
+    or text such as "10min" (default: as often as costs 3 % of the time at most). ``max_time_s``: stop after so many
+    seconds, with everything committed. ``restart``: drop an unfinished job of this output and begin anew.
     """
 
     host_memory: int | str | None = None
@@ -34,6 +34,6 @@ class Options:
     progress: bool = False
     durable: bool = False
     lanes: int = 1
-    checkpoint_s: float | None = None
-    max_time_s: float | None = None
+    checkpoint_s: float | str | None = None
+    max_time_s: float | str | None = None
     restart: bool = False

@@ -20,6 +20,7 @@ from .job import Job, Request, as_durable, input_paths, kernel_name, output_attr
 from .options import Options
 from .planner import Plan, mask_from_dict, mask_to_dict, take_over
 from .storage import dataset_in
+from .units import parse_seconds
 
 
 def attend(job: Job, stop: Stop | None = None) -> tuple[Any, RunReport]:
@@ -28,7 +29,9 @@ def attend(job: Job, stop: Stop | None = None) -> tuple[Any, RunReport]:
     if not options.durable:
         return jobs.attend(job)
     make_ready(job.plan)
-    report = run_durably(_setup(job), Stop(options.max_time_s) if stop is None else stop)
+    if stop is None:
+        stop = Stop(None if options.max_time_s is None else parse_seconds(options.max_time_s, "max_time_s"))
+    report = run_durably(_setup(job), stop)
     return dataset_in(os.fspath(job.request.out), "/out", argument="out"), report
 
 
