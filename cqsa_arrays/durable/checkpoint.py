@@ -83,8 +83,10 @@ class LaneCheckpoint:
         if self._pending is not None and self._pending.done():
             self._wait()
         reason, at_end = self._stop.reason, position == self._end
-        if reason and position == self._record.position and not at_end:  # nothing new
-            raise JobStopped(reason)
+        if position == self._record.position and not at_end:  # nothing new
+            if reason:
+                raise JobStopped(reason)
+            return
         # Where every place was asked for, every one is committed.
         free = self._pending is None or self._asked_s == 0
         due = free and time.perf_counter() - self._last >= self._interval_s

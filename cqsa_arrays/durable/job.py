@@ -136,7 +136,8 @@ def _check_same(setup: Setup, fact: JobFact) -> None:
         if changed:
             raise StorageError(
                 f"{name}: not the input that the unfinished job of {setup.out} was begun with"
-                f" (different: {', '.join(changed)}). Bring that back, or start over with --restart (Options(restart=True))."
+                f" (different: {', '.join(changed)}). Bring that back, or start the job over with --restart"
+                " (Options(restart=True))."
             )
     if setup.plan.device != fact.device and not setup.moves:
         remedy = f"To move it there: cqsa resume {setup.out} --device {setup.plan.device}. {RESTART}"

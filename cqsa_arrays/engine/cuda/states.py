@@ -236,14 +236,15 @@ class DeviceStates:
             state, rest = self._view(slot, chunk), slice(slot.rows, None)
             state.acc[:, :, rest], state.m[:, :, rest], state.l[:, :, rest] = 0, -np.inf, 0
 
-    @staticmethod
-    def _pieces(flat: Any, pieces: PinnedPieces) -> Iterator[np.ndarray]:
+    def _pieces(self, flat: Any, pieces: PinnedPieces) -> Iterator[np.ndarray]:
         """What ``flat`` holds, piece by piece, each valid until the next."""
         piece = pieces.borrow()
         try:
             for start in range(0, flat.nbytes, piece.memory.size):
                 part = piece.memory[: min(piece.memory.size, flat.nbytes - start)]
-                runtime.memcpy(part.ctypes.data, flat.data.ptr + start, part.nbytes, runtime.memcpyDeviceToHost)
+                source, kind = flat.data.ptr + start, runtime.memcpyDeviceToHost
+                runtime.memcpyAsync(part.ctypes.data, source, part.nbytes, kind, self._leaving.ptr)
+                self._leaving.synchronize()
                 yield part
         finally:
             pieces.give_back(piece)

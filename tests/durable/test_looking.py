@@ -1,0 +1,104 @@
+"""Those who only look: status and partial verification, of jobs that run and of dead ones."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import time
+from pathlib import Path
+
+import pytest
+from durable_cases import CASES, KilledAtCommit, command, digest, log, make, run, start, unbroken, wait
+
+import cqsa_arrays as cqsa
+from cqsa_arrays.durable import saved, status
+from cqsa_arrays.partial import verify_partial
+
+by_case = pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+
+
+@by_case
+@pytest.mark.parametrize("commits", [1, 3, 5])
+def test_a_dead_job_is_verified_as_far_as_it_is(here, case, commits) -> None:
+    make(case)
+    expected = unbroken(case)
+    assert run(command(case), KilledAtCommit(commits)) == -signal.SIGKILL
+    before = {path: path.read_bytes() for path in Path("out.h5.job").iterdir() if ".lock" not in path.name}
+    found, report = status("out.h5"), verify_partial("out.h5", rows=64)
+    assert 0 < found.done_pairs < found.pairs
+    assert not found.running
+    assert report.passed, report
+    assert all(0 < place.keys <= case.spec.tokens for place in report.places)
+    assert json.loads(report.to_json())["passed"]
+    assert {path: path.read_bytes() for path in before} == before  # they only look
+    assert run(command(case)) == 0, log()
+    assert digest() == expected
+
+
+def test_a_wrong_state_fails(here, monkeypatch) -> None:
+    """A state that is intact, and of other keys than those that were seen."""
+    case = CASES[0]
+    make(case)
+    assert run(command(case), KilledAtCommit(6)) == -signal.SIGKILL
+    assert verify_partial("out.h5").passed
+    usual = saved.SavedLane.state_of
+
+    def other(self, place, rows):
+        state = usual(self, place, rows)
+        state.acc[...] *= 1.0001
+        return state
+
+    monkeypatch.setattr(saved.SavedLane, "state_of", other)
+    assert not verify_partial("out.h5").passed
+
+
+def test_status_of_a_job_that_runs(here) -> None:
+    case = CASES[0]
+    make(case)
+
+    def slow() -> None:
+        usual = os.preadv
+
+        def late(*arguments):
+            time.sleep(0.01)
+            return usual(*arguments)
+
+        os.preadv = late
+
+    process = start(command(case), slow)
+    while not os.path.exists("out.h5.job/ledger.sqlite") or status("out.h5").done_pairs == 0:
+        time.sleep(0.01)
+    found = status("out.h5")
+    assert found.running
+    assert found.lanes[0].running == f"process {process} on {os.uname().nodename}"
+    assert found.rate > 0
+    assert found.left_s > 0
+    text = str(found)
+    assert "running" in text
+    assert "left at this rate" in text
+    assert run(["verify", "out.h5", "--partial"]) == 0, log()
+    assert wait(process) == 0
+    with pytest.raises(cqsa.ArgumentError, match="of which no job is unfinished"):
+        status("out.h5")
+
+
+def test_the_command_shows_it(here) -> None:
+    case = CASES[4]
+    make(case)
+    assert run(command(case), KilledAtCommit(6)) == -signal.SIGKILL
+    assert run(["status", "out.h5", "--json"]) == 0
+    assert run(["verify", "out.h5", "--partial", "--json"]) == 0
+    assert run(["status", "none.h5"]) == 2
+    assert "of which no job is unfinished" in log()
+    assert run(["verify", "none.h5", "--partial"]) == 2
+    assert "there is no record of a job" in log()
+    assert run(["resume", "none.h5"]) == 2
+
+
+def test_nothing_committed_is_nothing_to_verify(here) -> None:
+    case = CASES[0]
+    make(case)
+    assert run(command(case), KilledAtCommit(0)) == -signal.SIGKILL
+    with pytest.raises(cqsa.ArgumentError, match="of which nothing is committed yet"):
+        verify_partial("out.h5")
