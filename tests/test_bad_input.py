@@ -372,8 +372,8 @@ OUT_CASES = [
 
 @pytest.mark.parametrize("case", OUT_CASES, ids=[case.name for case in OUT_CASES])
 def test_outputs_are_refused_and_left_alone(case, folder, capsys):
-    inputs, out = write_inputs(Path("in.h5"), X), Path(case.out)
-    case.make(out)
+    inputs, out = write_inputs(Path("in.h5"), X), case.out
+    case.make(Path(out))
     before = contents(folder)
     with pytest.raises(ArgumentError, match=case.says):
         attend_to_file(inputs, out, options=Options(overwrite=case.overwrite))
@@ -387,6 +387,8 @@ def test_an_existing_output_is_replaced_only_if_asked(folder, capsys):
     out.write_text("mine")
     refused_by_command(capsys, "out: found out.h5, which exists", "attend", inputs, "-o", out)
     assert out.read_text() == "mine"
+    OutCase("no name in a folder", "new.h5/", lambda out: None, "out: found new.h5/, a directory; expected the name"),
+    OutCase("a fifo", "out.h5", os.mkfifo, "out: found out.h5, which is no regular file", overwrite=True),
     attend_to_file(inputs, out, options=Options(overwrite=True))
     assert run_command(capsys, "attend", inputs, "-o", out, "--overwrite").code == 0
     assert sorted(contents(folder)) == ["in.h5", "out.h5"]
