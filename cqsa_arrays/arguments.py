@@ -26,10 +26,10 @@ MAX_HEAD_DIM = 1024
 DEFAULT_SHARE = 0.5
 
 
-def open_source(array: object, argument: str, layout: str | None) -> TokenSource:
+def open_source(array: object, argument: str, layout: str | None, *, follow_links: bool = False) -> TokenSource:
     """The source of one input; a text or path names a data set, "file.h5:/q". Raises ArgumentError, StorageError."""
     if isinstance(array, (str, os.PathLike)):
-        array = dataset(os.fspath(array), layout=layout, argument=argument)
+        array = dataset(os.fspath(array), layout=layout, argument=argument, follow_links=follow_links)
     return as_source(array, argument, layout)
 
 

@@ -33,3 +33,12 @@ class DeviceMemoryError(DeviceError, MemoryError):
 
 class StorageError(CqsaError, OSError):
     """A file, data set or disk that cannot be read or written as asked."""
+
+
+def one_line(text: str) -> str:
+    r"""``text`` for a terminal: on one line, and what would not be printed (or do more than that) as an escape.
+
+    >>> one_line("a\n b\x1b[2J")
+    'a b\\x1b[2J'
+    """
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in " ".join(text.split()))

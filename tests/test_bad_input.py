@@ -278,6 +278,24 @@ def with_a_damaged_chunk(path: Path) -> None:
         file.write(b"\xff" * 40)
 
 
+def with_a_damaged_header(path: Path) -> None:
+    write_inputs(path, X)
+    with h5py.File(path) as file:
+        position = h5py.h5o.get_info(file["k"].id).addr
+    with open(path, "r+b") as file:
+        file.seek(position)
+        file.write(b"\xff" * 8)
+
+
+def with_layout(value: object) -> Callable[[Path], None]:
+    def make(path: Path) -> None:
+        write_inputs(path, X)
+        with h5py.File(path, "r+") as file:
+            file["q"].attrs["layout"] = value
+
+    return make
+
+
 def writes(*arrays: np.ndarray) -> Callable[[Path], object]:
     return lambda path: write_inputs(path, *arrays)
 
@@ -317,6 +335,10 @@ FILE_CASES = [
     FileCase("zero tokens", writes(X[:, :0]), "q: found 0 tokens; expected at least 1 tokens"),
     FileCase("zero heads", writes(X[:0]), "q: found 0 heads; expected at least 1 heads"),
     FileCase("D = 0", writes(X[..., :0]), "q: found 0 head_dim; expected at least 1 head_dim"),
+    FileCase("layout no text", with_layout(5), "q: found an attribute layout of type int64; expected text"),
+    FileCase("layouts", with_layout(["nd", "nd"]), "q: found an attribute layout of type ndarray; expected text"),
+    FileCase("layout of no length", with_layout(np.zeros(0)), "q: found an attribute layout of type ndarray"),
+    FileCase("damaged header", with_a_damaged_header, "in.h5:/k is damaged: .*Copy or write it again", StorageError),
     FileCase("D = 1025", writes(shaped(1, 3, 1025)), "q: found head_dim 1025; expected at most 1024"),
 ]
 

@@ -43,6 +43,7 @@ def build_parser() -> argparse.ArgumentParser:
     compare.add_argument("--rows", type=int, default=256, metavar="N", help="rows for --against (default 256)")
     compare.add_argument("--seed", type=int, default=0, help="seed of where they begin (default 0)")
     compare.add_argument("--tolerance", type=_tolerance, help="relative Frobenius error to allow (default: by dtype)")
+    _add_follow_links(compare)
 
     make = commands.add_parser("make", help="write synthetic /q, /k, /v of any size")
     _add_make(make)
@@ -79,6 +80,12 @@ def _add_problem(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--cover", default="auto", help="auto, cqs or rectangular (default auto)")
     parser.add_argument("--chunks", type=int, help="number of chunks of the CQS cover (default: chosen)")
     parser.add_argument("--threads", type=int, help="threads (default: every processor)")
+    _add_follow_links(parser)
+
+
+def _add_follow_links(parser: argparse.ArgumentParser) -> None:
+    help_text = "follow external links in the input to files outside its folder, too"
+    parser.add_argument("--follow-links", action="store_true", help=help_text)
 
 
 def _add_make(parser: argparse.ArgumentParser) -> None:
