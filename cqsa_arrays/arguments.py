@@ -111,7 +111,7 @@ def resolve_dtype(dtype: Any, default: np.dtype) -> np.dtype:
 
     try:
         found = np.dtype(ml_dtypes.bfloat16 if isinstance(dtype, str) and dtype == "bfloat16" else dtype)
-    except TypeError as error:
+    except (TypeError, ValueError) as error:
         raise ArgumentError("dtype", _shown(dtype), f"one of {', '.join(FLOATS)}", "Leave it out for q's.") from error
     if found.name not in FLOATS or not found.isnative:
         raise ArgumentError("dtype", str(found), f"one of {', '.join(FLOATS)}", "Leave it out for q's.")

@@ -387,6 +387,8 @@ OUT_CASES = [
     OutCase("the input, overwrite", "in.h5", lambda out: None, NEVER, overwrite=True),
     OutCase("link to the input", "out.h5", lambda out: out.symlink_to("in.h5"), NEVER, overwrite=True),
     OutCase("hard link of the input", "out.h5", lambda out: out.hardlink_to("in.h5"), NEVER, overwrite=True),
+    OutCase("no name in a folder", "new.h5/", lambda out: None, "out: found new.h5/, a directory; expected the name"),
+    OutCase("a fifo", "out.h5", os.mkfifo, "out: found out.h5, which is no regular file", overwrite=True),
     OutCase("a directory as .part", "out.h5", lambda out: Path(f"{out}.part").mkdir(), "out.h5.part, a directory"),
     OutCase("the input as .part", "out.h5", lambda out: Path(f"{out}.part").symlink_to("in.h5"), NEVER),
 ]
@@ -409,8 +411,6 @@ def test_an_existing_output_is_replaced_only_if_asked(folder, capsys):
     out.write_text("mine")
     refused_by_command(capsys, "out: found out.h5, which exists", "attend", inputs, "-o", out)
     assert out.read_text() == "mine"
-    OutCase("no name in a folder", "new.h5/", lambda out: None, "out: found new.h5/, a directory; expected the name"),
-    OutCase("a fifo", "out.h5", os.mkfifo, "out: found out.h5, which is no regular file", overwrite=True),
     attend_to_file(inputs, out, options=Options(overwrite=True))
     assert run_command(capsys, "attend", inputs, "-o", out, "--overwrite").code == 0
     assert sorted(contents(folder)) == ["in.h5", "out.h5"]
@@ -539,6 +539,10 @@ COMMANDS = [
     ("threads", "plan in.h5 --threads 0", "threads: found 0; expected a whole number, at least 1"),
     ("two masks", "plan in.h5 --causal --offset 3", "--causal: found both --causal and --offset; expected one of them"),
     ("offset", f"plan in.h5 --offset {2**63}", "offset: found 9223372036854775808; expected a whole number"),
+    ("dtype of half a letter", "plan in.h5 --dtype \udcff", r"dtype: found '\\udcff'; expected one of float16"),
+    ("half a letter", "info \udcff.h5", r"\\udcff.h5: No such file or directory"),
+    ("a data set of half a letter", "plan in.h5 --q in.h5:\udcff", r"q: found \\udcff in in.h5 is missing"),
+    ("a name that acts", "info \x1b[2J.h5", r"\\x1b\[2J.h5: No such file or directory"),
     ("dtype", "plan in.h5 --dtype int8", "dtype: found int8; expected one of float16"),
     ("scratch", "plan in.h5 --scratch nowhere", "scratch: found 'nowhere'; expected an existing directory"),
     ("no output name", "attend in.h5 -o |", "out: found ''; expected a NumPy or CuPy array, a path or None"),

@@ -6,6 +6,7 @@ Exit codes: 0 done; 1 a comparison or verification failed; 2 input that cannot b
 
 from __future__ import annotations
 
+import io
 import logging
 import os
 import signal
@@ -13,7 +14,7 @@ import sys
 from collections.abc import Sequence
 from types import FrameType
 
-from ..errors import CqsaError
+from ..errors import CqsaError, one_line
 from .parser import build_parser
 
 FAILED, UNUSABLE, INTERRUPTED, UNREAD, TERMINATED = 1, 2, 130, 141, 143
@@ -23,6 +24,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run ``cqsa`` with ``argv`` (default: the process's arguments); returns the exit code."""
     arguments = build_parser().parse_args(argv)
     _log_to_stderr()
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # names in files may have letters that this terminal has not
     for number in (signal.SIGTERM, signal.SIGHUP):
         if signal.getsignal(number) is not signal.SIG_IGN:  # what nohup asks for stays ignored
             signal.signal(number, _terminate)
@@ -33,8 +36,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         sys.stdout.flush()
         return 0 if succeeded else FAILED
     except CqsaError as error:
-        message = " ".join(str(error).split())  # what HDF5 says may have several lines
-        print(f"cqsa {arguments.command}: {message}", file=sys.stderr)
+        print(f"cqsa {arguments.command}: {one_line(str(error))}", file=sys.stderr)  # HDF5 may say several lines
         return UNUSABLE
     except KeyboardInterrupt:
         print(f"cqsa {arguments.command}: interrupted; nothing unfinished is left behind", file=sys.stderr)
