@@ -31,7 +31,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             signal.signal(number, _terminate)
     try:
         from . import commands
+        from .trial import try_inputs
 
+        try_inputs(arguments)
         succeeded = getattr(commands, arguments.command)(arguments)
         sys.stdout.flush()
         return 0 if succeeded else FAILED
