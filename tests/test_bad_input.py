@@ -139,6 +139,9 @@ CASES = [
     Case("1.5 chunks", option(chunks=1.5), "chunks: found 1.5; expected a whole number"),
     Case("chunks as text", option(chunks="7"), "chunks: found '7'; expected a whole number"),
     Case("no threads", option(threads=0), "threads: found 0; expected a whole number, at least 1. Leave it out"),
+    Case(
+        "threads without an end", option(threads=10**400), "threads: found 10*; expected a whole number, at most 65536"
+    ),
     Case("threads True", option(threads=True), "threads: found True; expected a whole number"),
     Case("mask array", {"mask": np.ones((300, 300), bool)}, r"mask: found type ndarray; expected cqsa.causal\("),
     Case("mask text", {"mask": "causal"}, r"mask: found 'causal'; expected cqsa.causal\(...\) or None"),
