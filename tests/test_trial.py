@@ -73,7 +73,7 @@ def test_an_interruption_ends_the_child_too(tmp_path):
 
 @pytest.mark.parametrize("command", ["info in.h5", "plan in.h5", "verify in.h5", "compare in.h5:/q in.h5:/k"])
 def test_zeros_in_the_heap_of_attributes_do_not_stop_the_command(command, tmp_path, monkeypatch, capsys):
-    """HDF5 2.0 reads an object of no size there, and again, and again."""
+    """HDF5 2.0 reads an object of no size there, again and again."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(trial, "CPU_SECONDS", 1)
     with h5py.File("in.h5", "w") as file:
