@@ -150,10 +150,17 @@ def statistics(
         return collect_statistics(job)
 
 
-def open(path: str | os.PathLike[str], *, layout: str | None = None, locking: bool | str | None = None) -> OpenedFile:
+def open(
+    path: str | os.PathLike[str],
+    *,
+    layout: str | None = None,
+    locking: bool | str | None = None,
+    follow_links: bool = False,
+) -> OpenedFile:
     """The data sets /q, /k and /v of an HDF5 file as ``.q``, ``.k`` and ``.v``: memory-mapped where contiguous.
 
-    ``layout`` overrides the data sets' attribute. ``locking=False`` opens files on disks that have no locks. Raises
+    ``layout`` overrides the data sets' attribute. ``locking=False`` opens files on disks that have no locks. External
+    links are followed to files in the folder of ``path`` or below, with ``follow_links=True`` to any. Raises
     ArgumentError for a path without such data sets, StorageError for a file that cannot be read.
     """
-    return open_file(path, layout=layout, locking=locking)
+    return open_file(path, layout=layout, locking=locking, follow_links=follow_links)

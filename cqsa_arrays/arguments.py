@@ -22,14 +22,15 @@ from .units import format_bytes, parse_bytes, parse_seconds
 
 FLOATS = ("float16", "bfloat16", "float32", "float64")
 MAX_HEAD_DIM = 1024
+MAX_THREADS = 1 << 16
 # Share of the machine's memory that is used where no budget is given: the same call gives the same plan on one machine.
 DEFAULT_SHARE = 0.5
 
 
-def open_source(array: object, argument: str, layout: str | None) -> TokenSource:
+def open_source(array: object, argument: str, layout: str | None, *, follow_links: bool = False) -> TokenSource:
     """The source of one input; a text or path names a data set, "file.h5:/q". Raises ArgumentError, StorageError."""
     if isinstance(array, (str, os.PathLike)):
-        array = dataset(os.fspath(array), layout=layout, argument=argument)
+        array = dataset(os.fspath(array), layout=layout, argument=argument, follow_links=follow_links)
     return as_source(array, argument, layout)
 
 
@@ -111,7 +112,7 @@ def resolve_dtype(dtype: Any, default: np.dtype) -> np.dtype:
 
     try:
         found = np.dtype(ml_dtypes.bfloat16 if isinstance(dtype, str) and dtype == "bfloat16" else dtype)
-    except TypeError as error:
+    except (TypeError, ValueError) as error:
         raise ArgumentError("dtype", _shown(dtype), f"one of {', '.join(FLOATS)}", "Leave it out for q's.") from error
     if found.name not in FLOATS or not found.isnative:
         raise ArgumentError("dtype", str(found), f"one of {', '.join(FLOATS)}", "Leave it out for q's.")
@@ -153,7 +154,7 @@ def check_durable(options: Options, out: object) -> None:
 def machine(options: Options, gpu: Gpu | None) -> Machine:
     """The threads to use, the page cache to hope for, and whether a GPU computes."""
     if options.threads is not None:
-        threads = whole_number(options.threads, "threads", 1, "Leave it out to use every processor.")
+        threads = whole_number(options.threads, "threads", 1, "Leave it out to use every processor.", MAX_THREADS)
     else:
         threads = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return Machine(threads, total_memory_bytes() // 2, Rates(), gpu is not None)
@@ -166,14 +167,16 @@ def resolve_chunks(options: Options) -> int | None:
     return whole_number(options.chunks, "chunks", 1, "Leave it out to let the planner choose.")
 
 
-def whole_number(value: Any, argument: str, least: int, remedy: str) -> int:
-    """``value`` as an int. Raises ArgumentError, naming ``argument``, for other types and below ``least``.
+def whole_number(value: Any, argument: str, least: int, remedy: str, most: int | None = None) -> int:
+    """``value`` as an int. Raises ArgumentError, naming ``argument``, for other types, below ``least``, above ``most``.
 
     >>> whole_number(np.int64(3), "chunks", 1, "")
     3
     """
     if isinstance(value, Integral) and not isinstance(value, bool) and int(value) >= least:
-        return int(value)
+        if most is None or int(value) <= most:
+            return int(value)
+        raise ArgumentError(argument, _shown(value), f"a whole number, at most {most}", remedy)
     raise ArgumentError(argument, _shown(value), f"a whole number, at least {least}", remedy)
 
 

@@ -189,7 +189,8 @@ class _Block:
     def of(self, array: Any) -> np.ndarray:
         """That part of ``array`` as float64 in NumPy; CuPy arrays must be asked with ``get``."""
         block = array[(*self.leading, self.part.slice)]
-        return np.asarray(block.get() if hasattr(block, "get") else block).astype(np.float64, copy=False)
+        with np.errstate(invalid="ignore"):  # some NaNs of damaged data
+            return np.asarray(block.get() if hasattr(block, "get") else block).astype(np.float64, copy=False)
 
     def place(self, index: Index) -> Index:
         """Where ``index`` of the block is in the array; the row of a one-dimensional block is () there."""
@@ -237,7 +238,8 @@ class _Tally:
         self.infs += int(np.isinf(got).sum())
         self.mismatches += int(mismatch.sum())
 
-        row_errors = difference_norms / _row_scale(size_norms)
+        with np.errstate(over="ignore"):  # beyond float64 is infinitely wrong
+            row_errors = difference_norms / _row_scale(size_norms)
         row, element = _argmax(row_errors), _argmax(difference)
         if row_errors[row] > self.worst_row.error:
             self.worst_row = RowError(block.place(row), float(row_errors[row]))

@@ -41,3 +41,12 @@ class JobStopped(CqsaError):
 
 class JobBusyError(CqsaError):
     """A job of which other processes compute all that is left."""
+
+
+def one_line(text: str) -> str:
+    r"""``text`` for a terminal: on one line, and what would not be printed (or do more than that) as an escape.
+
+    >>> one_line("a\n b\x1b[2J")
+    'a b\\x1b[2J'
+    """
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in " ".join(text.split()))

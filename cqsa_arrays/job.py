@@ -80,7 +80,9 @@ def prepared(request: Request, *, as_statistics: bool = False) -> Iterator[Job]:
     with ExitStack() as stack:
         sources = []
         for name in "qkv":
-            source = arguments.open_source(getattr(request, name), name, request.layout)
+            source = arguments.open_source(
+                getattr(request, name), name, request.layout, follow_links=request.options.follow_links
+            )
             sources.append(stack.enter_context(closing(source)))
         inputs = Inputs(*sources)
         arguments.check_inputs(inputs)
@@ -253,9 +255,12 @@ def _like(array: Any, model: Any) -> Any:
 
 
 def input_paths(inputs: Inputs) -> list[str]:
-    """The files of the inputs that are in files."""
-    found = (source.identity.get("path") for source in (inputs.q, inputs.k, inputs.v))
-    return [path for path in found if isinstance(path, str)]
+    """The files that were read, also those that only led to others."""
+    paths = []
+    for identity in (source.identity for source in (inputs.q, inputs.k, inputs.v)):
+        linked_from = identity.get("linked_from", [])
+        paths += [identity.get("path"), *(linked_from if isinstance(linked_from, list) else [])]
+    return [path for path in paths if isinstance(path, str)]
 
 
 def output_attributes(job: Job) -> dict[str, object]:

@@ -16,6 +16,7 @@ class Options:
     of the CQS cover (default: the smallest with a perfect difference set that fits). ``threads``: default is every
     processor that this process may use; a plan gives the same bits for any number, but under a tight budget the memory
     of more threads can lead to another plan. ``overwrite``: whether an existing output file may be replaced.
+    ``follow_links``: whether external links in input files are followed beyond the folder of the file that was named.
     ``progress``: show a progress bar on standard error where that is a terminal.
 
     ``durable`` (needs ``out`` to be a path): what is done is committed in the folder ``out + ".job"``, and after any
@@ -31,6 +32,7 @@ class Options:
     chunks: int | None = None
     threads: int | None = None
     overwrite: bool = False
+    follow_links: bool = False
     progress: bool = False
     durable: bool = False
     lanes: int = 1

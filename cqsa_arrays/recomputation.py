@@ -15,8 +15,7 @@ from .comparison import ErrorReport, compare_rows
 from .masks import Causal, Mask
 from .ranges import Range
 from .reference import reference_rows
-from .storage import dataset_in
-from .verification import judged_dtype, opened_inputs, read_rows
+from .verification import judged_dtype, opened_inputs, opened_outputs, read_rows
 
 # How many times the error of the other path a result may have, and the share of its tolerance that is always allowed:
 # two correct kernels differ in the order of their sums and in what they round, not by more.
@@ -70,7 +69,7 @@ def compare_with_device(path: str | os.PathLike[str], device: str, *, rows: int 
     with ExitStack() as stack:
         found = opened_inputs(os.fspath(path))
         q, k, v = (stack.enter_context(closing(array.source())) for array in found.arrays)
-        out, lse = (dataset_in(os.fspath(path), f"/{name}", argument="path") for name in ("out", "lse"))
+        out, lse = opened_outputs(os.fspath(path), q, v)
         tokens = q.shape[2]
         start = int(np.random.default_rng(seed).integers(0, max(1, tokens - rows + 1)))
         chosen = Range(start, min(start + rows, tokens))

@@ -16,7 +16,7 @@ from .masks import Mask
 from .planner import mask_from_dict
 from .ranges import Range
 from .reference import reference_rows, sample_rows
-from .storage import DiskArray, dataset_in, describe
+from .storage import DiskArray, TokenSource, dataset_in, describe
 
 
 def verify(
@@ -38,7 +38,7 @@ def verify(
     found = opened_inputs(path)
     with ExitStack() as stack:
         q, k, v = (stack.enter_context(closing(array.source())) for array in found.arrays)
-        out, lse = (dataset_in(path, f"/{name}", argument="path") for name in ("out", "lse"))
+        out, lse = opened_outputs(path, q, v)
         tokens = q.shape[2]
         sampled = np.arange(tokens) if rows is None else sample_rows(tokens, rows, seed)
         reference = reference_rows(q, k, v, sampled, mask=found.mask, scale=found.scale)
@@ -64,15 +64,33 @@ def opened_inputs(path: str) -> NamedInputs:
     """
     attributes = describe(path).attributes
     try:
-        inputs = json.loads(str(attributes["inputs"]))
+        named = _named(json.loads(str(attributes["inputs"])))
         mask, scale = mask_from_dict(json.loads(str(attributes["mask"]))), float(str(attributes["scale"]))
-    except (KeyError, ValueError) as error:
+    except (KeyError, ValueError, RecursionError) as error:  # JSON may be nested without an end
         expected = "an output of cqsa attend, whose attributes name its inputs"
         raise ArgumentError(
             "path", f"{path} without them ({error})", expected, "To compare arrays use compare."
         ) from error
-    q, k, v = (_input(inputs[name], name, path) for name in "qkv")
+    q, k, v = (_input(one, name, path) for name, one in zip("qkv", named, strict=True))
     return NamedInputs((q, k, v), mask, scale)
+
+
+def opened_outputs(path: str, q: TokenSource, v: TokenSource) -> tuple[DiskArray, DiskArray]:
+    """/out and /lse of the output file ``path``; ArgumentError where they cannot be those of its inputs."""
+    out, lse = (dataset_in(path, f"/{name}", argument="path") for name in ("out", "lse"))
+    for array, dim in ((out, v.shape[3]), (lse, 1)):
+        shape, expected = array.stored.logical_shape, (*q.shape[:3], dim)
+        if shape != expected:
+            found = f"{array.stored.label} of logical shape {shape}"
+            raise ArgumentError("path", found, f"{expected}, as its inputs give", "It was changed: compute it again.")
+    return out, lse
+
+
+def _named(inputs: object) -> list[dict[str, object]]:
+    """What is said of q, k and v; ValueError where it is not what ``attend`` writes."""
+    if not isinstance(inputs, dict) or not all(isinstance(inputs.get(name), dict) for name in "qkv"):
+        raise ValueError("its attribute inputs does not name q, k and v")
+    return [inputs[name] for name in "qkv"]
 
 
 def judged_dtype(output: np.dtype, inputs: np.dtype) -> str:
@@ -85,7 +103,7 @@ _EXACTNESS = ("bfloat16", "float16", "float32", "float64")
 
 def _input(stored: dict[str, object], name: str, output: str) -> DiskArray:
     """The input that the output was made from; StorageError if it is gone or another."""
-    if "path" not in stored or "dataset" not in stored:
+    if any(key not in stored for key in ("path", "dataset", "layout")):
         raise ArgumentError(
             "path", f"{name} was an array in memory", "inputs in files", "Compare with compare instead."
         )

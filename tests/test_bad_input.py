@@ -139,6 +139,9 @@ CASES = [
     Case("1.5 chunks", option(chunks=1.5), "chunks: found 1.5; expected a whole number"),
     Case("chunks as text", option(chunks="7"), "chunks: found '7'; expected a whole number"),
     Case("no threads", option(threads=0), "threads: found 0; expected a whole number, at least 1. Leave it out"),
+    Case(
+        "threads without an end", option(threads=10**400), "threads: found 10*; expected a whole number, at most 65536"
+    ),
     Case("threads True", option(threads=True), "threads: found True; expected a whole number"),
     Case("mask array", {"mask": np.ones((300, 300), bool)}, r"mask: found type ndarray; expected cqsa.causal\("),
     Case("mask text", {"mask": "causal"}, r"mask: found 'causal'; expected cqsa.causal\(...\) or None"),
@@ -278,6 +281,24 @@ def with_a_damaged_chunk(path: Path) -> None:
         file.write(b"\xff" * 40)
 
 
+def with_a_damaged_header(path: Path) -> None:
+    write_inputs(path, X)
+    with h5py.File(path) as file:
+        position = h5py.h5o.get_info(file["k"].id).addr
+    with open(path, "r+b") as file:
+        file.seek(position)
+        file.write(b"\xff" * 8)
+
+
+def with_layout(value: object) -> Callable[[Path], None]:
+    def make(path: Path) -> None:
+        write_inputs(path, X)
+        with h5py.File(path, "r+") as file:
+            file["q"].attrs["layout"] = value
+
+    return make
+
+
 def writes(*arrays: np.ndarray) -> Callable[[Path], object]:
     return lambda path: write_inputs(path, *arrays)
 
@@ -317,6 +338,10 @@ FILE_CASES = [
     FileCase("zero tokens", writes(X[:, :0]), "q: found 0 tokens; expected at least 1 tokens"),
     FileCase("zero heads", writes(X[:0]), "q: found 0 heads; expected at least 1 heads"),
     FileCase("D = 0", writes(X[..., :0]), "q: found 0 head_dim; expected at least 1 head_dim"),
+    FileCase("layout no text", with_layout(5), "q: found an attribute layout of type int64; expected text"),
+    FileCase("layouts", with_layout(["nd", "nd"]), "q: found an attribute layout of type ndarray; expected text"),
+    FileCase("layout of no length", with_layout(np.zeros(0)), "q: found an attribute layout of type ndarray"),
+    FileCase("damaged header", with_a_damaged_header, "in.h5:/k is damaged: .*Copy or write it again", StorageError),
     FileCase("D = 1025", writes(shaped(1, 3, 1025)), "q: found head_dim 1025; expected at most 1024"),
 ]
 
@@ -365,6 +390,8 @@ OUT_CASES = [
     OutCase("the input, overwrite", "in.h5", lambda out: None, NEVER, overwrite=True),
     OutCase("link to the input", "out.h5", lambda out: out.symlink_to("in.h5"), NEVER, overwrite=True),
     OutCase("hard link of the input", "out.h5", lambda out: out.hardlink_to("in.h5"), NEVER, overwrite=True),
+    OutCase("no name in a folder", "new.h5/", lambda out: None, "out: found new.h5/, a directory; expected the name"),
+    OutCase("a fifo", "out.h5", os.mkfifo, "out: found out.h5, which is no regular file", overwrite=True),
     OutCase("a directory as .part", "out.h5", lambda out: Path(f"{out}.part").mkdir(), "out.h5.part, a directory"),
     OutCase("the input as .part", "out.h5", lambda out: Path(f"{out}.part").symlink_to("in.h5"), NEVER),
 ]
@@ -372,8 +399,8 @@ OUT_CASES = [
 
 @pytest.mark.parametrize("case", OUT_CASES, ids=[case.name for case in OUT_CASES])
 def test_outputs_are_refused_and_left_alone(case, folder, capsys):
-    inputs, out = write_inputs(Path("in.h5"), X), Path(case.out)
-    case.make(out)
+    inputs, out = write_inputs(Path("in.h5"), X), case.out
+    case.make(Path(out))
     before = contents(folder)
     with pytest.raises(ArgumentError, match=case.says):
         attend_to_file(inputs, out, options=Options(overwrite=case.overwrite))
@@ -515,6 +542,10 @@ COMMANDS = [
     ("threads", "plan in.h5 --threads 0", "threads: found 0; expected a whole number, at least 1"),
     ("two masks", "plan in.h5 --causal --offset 3", "--causal: found both --causal and --offset; expected one of them"),
     ("offset", f"plan in.h5 --offset {2**63}", "offset: found 9223372036854775808; expected a whole number"),
+    ("dtype of half a letter", "plan in.h5 --dtype \udcff", r"dtype: found '\\udcff'; expected one of float16"),
+    ("half a letter", "info \udcff.h5", r"\\udcff.h5: No such file or directory"),
+    ("a data set of half a letter", "plan in.h5 --q in.h5:\udcff", r"q: found \\udcff in in.h5 is missing"),
+    ("a name that acts", "info \x1b[2J.h5", r"\\x1b\[2J.h5: No such file or directory"),
     ("dtype", "plan in.h5 --dtype int8", "dtype: found int8; expected one of float16"),
     ("scratch", "plan in.h5 --scratch nowhere", "scratch: found 'nowhere'; expected an existing directory"),
     ("no output name", "attend in.h5 -o |", "out: found ''; expected a NumPy or CuPy array, a path or None"),

@@ -85,8 +85,8 @@ def compare(arguments: Namespace) -> bool:
         compared = compare_with_device(arguments.result, arguments.against, rows=arguments.rows, seed=arguments.seed)
         print(compared.to_json() if arguments.json else compared)
         return compared.passed
-    result = dataset(arguments.result, argument="result")
-    reference = dataset(arguments.reference, argument="reference")
+    result = dataset(arguments.result, argument="result", follow_links=arguments.follow_links)
+    reference = dataset(arguments.reference, argument="reference", follow_links=arguments.follow_links)
     report = compare_arrays(result, reference, tolerance=arguments.tolerance)
     print(report.to_json() if arguments.json else report)
     return report.passed
@@ -137,6 +137,7 @@ def _request(arguments: Namespace, *, progress: bool) -> Request:
         host_memory=arguments.host_memory, scratch=arguments.scratch, cover=arguments.cover, chunks=arguments.chunks,
         threads=arguments.threads, overwrite=getattr(arguments, "overwrite", True), progress=progress, durable=True,
         lanes=arguments.lanes, checkpoint_s=arguments.checkpoint, restart=getattr(arguments, "restart", False),
+        follow_links=arguments.follow_links,
     )  # fmt: skip
     q, k, v = (getattr(arguments, name) or f"{arguments.input}:/{name}" for name in "qkv")
     mask = None if arguments.offset is None else api.causal(arguments.offset)

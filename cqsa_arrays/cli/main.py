@@ -8,6 +8,7 @@ Exit codes: 0 done; 1 a comparison or verification failed; 2 input that cannot b
 from __future__ import annotations
 
 import argparse
+import io
 import logging
 import os
 import signal
@@ -15,7 +16,7 @@ import sys
 from collections.abc import Sequence
 from types import FrameType
 
-from ..errors import CqsaError, JobBusyError, JobStopped
+from ..errors import CqsaError, JobBusyError, JobStopped, one_line
 from .parser import build_parser
 from .process import keep_small, memory_was_refused, refusal
 from .reasons import INTERRUPTED_BY, TERMINATED_BY
@@ -27,6 +28,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run ``cqsa`` with ``argv`` (default: the process's arguments); returns the exit code."""
     arguments = build_parser().parse_args(argv)
     _log_to_stderr()
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # names in files may have letters that this terminal has not
     for number in (signal.SIGTERM, signal.SIGHUP):
         if signal.getsignal(number) is not signal.SIG_IGN:  # what nohup asks for stays ignored
             signal.signal(number, _terminate)
@@ -34,7 +37,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         if arguments.command == "attend":
             keep_small()
         from . import commands
+        from .trial import try_inputs
 
+        try_inputs(arguments)
         succeeded = getattr(commands, arguments.command)(arguments)
         sys.stdout.flush()
         return 0 if succeeded else FAILED
@@ -42,8 +47,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"cqsa {arguments.command}: {error}{_go_on(arguments)}", file=sys.stderr)
         return {INTERRUPTED_BY: INTERRUPTED, TERMINATED_BY: TERMINATED}.get(str(error), UNFINISHED)
     except CqsaError as error:
-        message = " ".join(str(error).split())  # what HDF5 says may have several lines
-        print(f"cqsa {arguments.command}: {message}{_go_on(arguments)}", file=sys.stderr)
+        message = f"{one_line(str(error))}{_go_on(arguments)}"  # HDF5 may say several lines
+        print(f"cqsa {arguments.command}: {message}", file=sys.stderr)
         return UNUSABLE
     except KeyboardInterrupt:
         left = _go_on(arguments) or "; nothing unfinished is left behind"

@@ -56,6 +56,7 @@ def build_parser() -> argparse.ArgumentParser:
     compare.add_argument("--rows", type=int, default=256, metavar="N", help="rows for --against (default 256)")
     compare.add_argument("--seed", type=int, default=0, help="seed of where they begin (default 0)")
     compare.add_argument("--tolerance", type=_tolerance, help="relative Frobenius error to allow (default: by dtype)")
+    _add_follow_links(compare)
 
     make = commands.add_parser("make", help="write synthetic /q, /k, /v of any size")
     _add_make(make)
@@ -94,11 +95,17 @@ def _add_problem(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--threads", type=int, help="threads (default: every processor)")
     parser.add_argument("--lanes", type=int, default=1, help="shares that several processes may compute (default 1)")
     parser.add_argument("--checkpoint", type=_seconds, metavar="TIME", help="time between commits (default: planned)")
+    _add_follow_links(parser)
 
 
 def _add_run(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--max-time", type=_seconds, metavar="TIME", help='stop after, with all committed: "90s", "8h"')
     parser.add_argument("--quiet", action="store_true", help="no progress bar and no summary")
+
+
+def _add_follow_links(parser: argparse.ArgumentParser) -> None:
+    help_text = "follow external links in the input to files outside its folder, too"
+    parser.add_argument("--follow-links", action="store_true", help=help_text)
 
 
 def _add_make(parser: argparse.ArgumentParser) -> None:

@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass
 
 import numpy as np
 
-from ..masks import Causal, Full, Mask
+from ..masks import UNBOUNDED_DIAGONAL, Causal, Full, Mask
 from ..ranges import Range
 
 
@@ -137,7 +137,7 @@ def mask_to_dict(mask: Mask) -> dict[str, object]:
 def mask_from_dict(stored: dict[str, object]) -> Mask:
     """The mask that ``mask_to_dict`` described; ValueError for anything else."""
     match stored:
-        case {"kind": "causal", "offset": int(offset)}:
+        case {"kind": "causal", "offset": int(offset)} if abs(offset) <= UNBOUNDED_DIAGONAL:
             return Causal(offset)
         case {"kind": "full"}:
             return Full()

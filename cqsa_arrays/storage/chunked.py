@@ -6,6 +6,7 @@ Imported only when such a data set is at hand: this module imports h5py.
 from __future__ import annotations
 
 import itertools
+import math
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -19,6 +20,7 @@ from ..errors import StorageError
 from ..ranges import Range
 from .dtypes import check_widening, piece_rows
 from .layout import Shape4
+from .links import encoded
 from .rawfile import RawFile, coalesce
 from .source import no_view
 from .stored import StoredArray
@@ -100,7 +102,7 @@ class ChunkedSource:
         """One box, and the copies of a chunk that pass through its filters, whose buffers grow by doubling."""
         if not self._stored.chunks:
             return self._grid.box_bytes
-        return self._grid.box_bytes + FILTER_COPIES * int(np.prod(self._stored.chunks)) * self.dtype.itemsize
+        return self._grid.box_bytes + FILTER_COPIES * math.prod(self._stored.chunks) * self.dtype.itemsize
 
     def read(self, batch: Range, heads: Range, tokens: Range, out: np.ndarray) -> None:
         check_widening(self.dtype, out.dtype, self._stored.label)
@@ -162,7 +164,7 @@ def open_chunked(stored: StoredArray, locking: bool | str | None) -> ChunkedSour
         file = h5py.File(stored.path, "r", rdcc_nbytes=0, locking=locking)
     except OSError as error:
         raise StorageError(f"{stored.path}: cannot be opened again: {error}") from error
-    return ChunkedSource(file[stored.name], stored, owns_file=True)
+    return ChunkedSource(file[encoded(stored.name)], stored, owns_file=True)
 
 
 def _aligned(wanted: Range, size: int) -> list[Range]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import stat
 from collections.abc import Iterator
@@ -24,9 +25,6 @@ if TYPE_CHECKING:
 
 Locking = bool | str | None
 """h5py's ``locking``: True, False, "best-effort" or None for HDF5's own choice. Locks hang on some network disks."""
-
-MOST_LINKS = 64
-MOST_NAMES = 20
 
 
 class DiskArray:
@@ -66,7 +64,7 @@ class DiskArray:
     @property
     def nbytes(self) -> int:
         """Bytes of all elements."""
-        return int(np.prod(self.shape)) * self.dtype.itemsize
+        return math.prod(self.shape) * self.dtype.itemsize
 
     def __len__(self) -> int:
         return self.shape[0]
@@ -74,9 +72,11 @@ class DiskArray:
     def __getitem__(self, key: Any) -> np.ndarray:
         if self.stored.offset is not None:
             return self._mapped().view(np.ndarray)[key]
+        from .links import encoded
+
         self._check_unchanged()
         with opened(self.stored.path, self._locking) as file:
-            block = np.asarray(file[self.stored.name][key])
+            block = np.asarray(file[encoded(self.stored.name)][key])
         return block.view(BFLOAT16) if block.dtype in (np.uint16, np.dtype("V2")) else block.astype(self.dtype)
 
     def __array__(self, dtype: np.dtype | None = None, copy: bool | None = None) -> np.ndarray:
@@ -129,19 +129,29 @@ class OpenedFile:
     v: DiskArray
 
 
-def open_file(path: str | os.PathLike[str], *, layout: str | None = None, locking: Locking = None) -> OpenedFile:
+def open_file(
+    path: str | os.PathLike[str], *, layout: str | None = None, locking: Locking = None, follow_links: bool = False
+) -> OpenedFile:
     """The data sets /q, /k and /v of an HDF5 file, with nothing read yet and no file left open.
 
-    Raises ArgumentError for a path that is no file or lacks one of them, StorageError for a file that cannot be read.
+    External links are followed to files beside this one or below, with ``follow_links`` to any. Raises ArgumentError
+    for a path that is no file or lacks one of them, StorageError for a file that cannot be read.
     """
     path = os.fspath(path)
-    with opened(path, locking) as file:
-        q, k, v = (DiskArray(_inspect(file, f"/{name}", name, layout), locking) for name in "qkv")
+    q, k, v = (
+        dataset_in(path, f"/{name}", layout=layout, locking=locking, argument=name, follow_links=follow_links)
+        for name in "qkv"
+    )
     return OpenedFile(path, q, k, v)
 
 
 def dataset(
-    reference: str, *, layout: str | None = None, locking: Locking = None, argument: str = "array"
+    reference: str,
+    *,
+    layout: str | None = None,
+    locking: Locking = None,
+    argument: str = "array",
+    follow_links: bool = False,
 ) -> DiskArray:
     """One data set, named "file.h5:/path". Raises as open_file does, naming ``argument``.
 
@@ -151,15 +161,34 @@ def dataset(
     if name is None:
         remedy = "Name the data set after the file, such as file.h5:/q."
         raise ArgumentError(argument, repr(reference), "an existing file and a data set in it", remedy)
-    return dataset_in(path, name, layout=layout, locking=locking, argument=argument)
+    return dataset_in(path, name, layout=layout, locking=locking, argument=argument, follow_links=follow_links)
 
 
 def dataset_in(
-    path: str, name: str, *, layout: str | None = None, locking: Locking = None, argument: str = "array"
+    path: str,
+    name: str,
+    *,
+    layout: str | None = None,
+    locking: Locking = None,
+    argument: str = "array",
+    follow_links: bool = False,
 ) -> DiskArray:
     """The data set ``name`` of the file ``path``, whatever characters the path has. Raises as open_file does."""
-    with opened(path, locking) as file:
-        return DiskArray(_inspect(file, name, argument, layout), locking)
+    passed: list[str] = []
+    while True:
+        with opened(path, locking) as file:
+            from .links import MOST_LINKS, External, check_external, find
+            from .stored import inspect
+
+            found = find(file, name, argument)
+            if not isinstance(found, External):
+                stored = inspect(found, argument, layout)
+                return DiskArray(replace(stored, linked_from=tuple(passed)), locking)
+        passed.append(os.path.abspath(path))
+        if len(passed) > MOST_LINKS:
+            raise StorageError(f"{passed[0]} leads through more than {MOST_LINKS} external links: a circle?")
+        home = os.path.dirname(os.path.realpath(passed[0]))
+        path, name = check_external(found, path, home, follow_links=follow_links), found.name
 
 
 def split_reference(reference: str) -> tuple[str, str | None]:
@@ -187,8 +216,9 @@ def opened(path: str, locking: Locking) -> Iterator[h5py.File]:
 
     try:
         mode = os.stat(path).st_mode
-    except OSError as error:
-        raise StorageError(f"{path}: {error.strerror}. Check the path.") from error
+    except (OSError, ValueError) as error:  # no path at all: with a null character or half a letter in it
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise StorageError(f"{path}: {reason}. Check the path.") from error
     if not stat.S_ISREG(mode):
         what = "a directory" if stat.S_ISDIR(mode) else "not a regular file"
         raise StorageError(f"{path} is {what}; expected an HDF5 file. Name the file itself.")
@@ -214,66 +244,3 @@ def _reason(path: str, said: str) -> str:
         remedy = "another program may be writing it; if its disk has no locks, pass locking=False"
         return f"{path} cannot be locked: {remedy} ({said})"
     return f"{path} cannot be opened: {said}"
-
-
-def _inspect(file: h5py.File, name: str, argument: str, layout: str | None) -> StoredArray:
-    from .stored import inspect
-
-    return inspect(find_dataset(file, name, argument), argument, layout)
-
-
-def find_dataset(file: h5py.File, name: str, argument: str) -> h5py.Dataset:
-    """The data set ``name`` of ``file``, through hard and soft links only: no other file is ever opened.
-
-    Raises ArgumentError, listing the data sets present, where there is none; StorageError at an external link.
-    """
-    import h5py
-    from h5py import h5l
-
-    here, parts, followed = file["/"], [p for p in name.split("/") if p], 0
-    while parts:
-        part = parts.pop(0).encode()
-        if not isinstance(here, h5py.Group) or not here.id.links.exists(part):
-            raise _missing(file, name, argument)
-        kind = here.id.links.get_info(part).type
-        if kind == h5l.TYPE_HARD:
-            here = here[part.decode()]
-            continue
-        target = here.id.links.get_val(part)
-        if kind != h5l.TYPE_SOFT:
-            raise StorageError(
-                f"{file.filename}:{name} is an external link to {b':'.join(target).decode()}, which is not followed."
-                f" Name that file and data set themselves."
-            )
-        followed += 1
-        if followed > MOST_LINKS:
-            raise StorageError(f"{file.filename}:{name} leads through more than {MOST_LINKS} soft links: a circle?")
-        parts = [p for p in target.decode().split("/") if p] + parts
-        here = file["/"] if target.startswith(b"/") else here
-    if not isinstance(here, h5py.Dataset):
-        raise _missing(file, name, argument)
-    return here
-
-
-def dataset_names(file: h5py.File) -> list[str]:
-    """Names of the data sets of ``file`` in order, found without following links out of it."""
-    import h5py
-
-    names: list[str] = []
-
-    def note(name: str, link: object) -> None:
-        if isinstance(link, h5py.HardLink) and file.get(name, getclass=True) is h5py.Dataset:
-            names.append(f"/{name}")
-
-    file.visititems_links(note)
-    return names
-
-
-def _missing(file: h5py.File, name: str, argument: str) -> ArgumentError:
-    import h5py
-
-    names = dataset_names(file)
-    present = ", ".join(names[:MOST_NAMES]) + (", ..." if len(names) > MOST_NAMES else "") if names else "none"
-    is_group = file.get(name, getclass=True) is h5py.Group
-    found = f"{name} in {file.filename} is {'a group' if is_group else 'missing'} (data sets present: {present})"
-    return ArgumentError(argument, found, f"a data set {name}", "Name one that is there: file.h5:/path.")

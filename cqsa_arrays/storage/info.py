@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 from dataclasses import asdict, dataclass
+from typing import Any
 
 import numpy as np
 
-from ..errors import CqsaError
+from ..errors import CqsaError, one_line
 from ..units import format_bytes
-from .hdf5 import Locking, dataset_names, find_dataset, opened
+from .hdf5 import Locking, opened
 
 SHOWN_CHARACTERS = 60
 
@@ -52,16 +54,16 @@ class FileInfo:
         for one in self.datasets:
             shape = " x ".join(map(str, one.shape))
             offset = "-" if one.offset is None else str(one.offset)
-            mapped = "yes" if one.note is None else f"no: {one.note}"
+            mapped = "yes" if one.note is None else f"no: {one_line(one.note)}"
             size = format_bytes(one.stored_bytes)
-            rows.append((one.name, shape, one.layout, one.dtype, one.kind, offset, size, mapped))
+            rows.append((one_line(one.name), shape, one.layout, one.dtype, one.kind, offset, size, mapped))
         widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-        lines = [f"{self.path}, {format_bytes(self.size_bytes)}"]
+        lines = [f"{one_line(self.path)}, {format_bytes(self.size_bytes)}"]
         lines += ["  ".join(text.ljust(w) for text, w in zip(row, widths, strict=True)).rstrip() for row in rows]
         for name, value in self.attributes.items():
-            text = str(value)
+            text = one_line(str(value))
             short = text if len(text) <= SHOWN_CHARACTERS else f"{text[:SHOWN_CHARACTERS]}... ({len(text)} characters)"
-            lines.append(f"{name} = {short}")
+            lines.append(f"{one_line(name)} = {short}")
         return "\n".join(lines)
 
 
@@ -74,28 +76,50 @@ def describe(path: str | os.PathLike[str], *, locking: Locking = None) -> FileIn
     """
     path = os.fspath(path)
     with opened(path, locking) as file:
-        datasets = tuple(_describe(file, name) for name in dataset_names(file))
-        attributes = {name: _plain(value) for name, value in file.attrs.items()}
-    return FileInfo(path, os.stat(path).st_size, datasets, attributes)
+        from .links import datasets, decoded
+
+        found = tuple(_describe(name, one) for name, one in datasets(file))
+        attributes = {decoded(name): _attribute(file, name) for name in file.attrs}
+    return FileInfo(path, os.stat(path).st_size, found, attributes)
 
 
-def _describe(file: object, name: str) -> DatasetInfo:
+def _describe(name: str, found: Any) -> DatasetInfo:
+    """What is to be said of an h5py data set, or of the error of opening it."""
+    from .links import damage_named
     from .stored import inspect, storage_kind
 
-    found = find_dataset(file, name, name)
+    shape: tuple[int, ...] = ()
+    kind, stored_bytes = "-", 0
     try:
+        if isinstance(found, CqsaError):
+            raise found
+        with damage_named(name):
+            shape, kind, stored_bytes = tuple(found.shape or ()), storage_kind(found), found.id.get_storage_size()
         stored = inspect(found, name, None)
     except CqsaError as error:
-        shape = tuple(found.shape or ())
-        return DatasetInfo(name, shape, "-", "-", storage_kind(found), None, found.id.get_storage_size(), str(error))
+        return DatasetInfo(name, shape, "-", "-", kind, None, stored_bytes, str(error))
     layout, dtype = stored.layout.name, stored.dtype.name
-    return DatasetInfo(
-        name, stored.shape, layout, dtype, stored.kind, stored.offset, stored.stored_bytes, stored.not_mapped
-    )
+    return DatasetInfo(name, shape, layout, dtype, kind, stored.offset, stored_bytes, stored.not_mapped)
+
+
+def _attribute(file: Any, name: str | bytes) -> object:
+    """An attribute of ``file`` as JSON has it."""
+    from .links import damage_named, decoded
+
+    try:
+        with damage_named(f"attribute {decoded(name)}"):
+            return _plain(file.attrs[name])
+    except CqsaError as error:
+        return str(error)
 
 
 def _plain(value: object) -> object:
-    """An attribute as JSON has it."""
     if isinstance(value, (np.generic, np.ndarray)):
-        return value.tolist()
+        return _plain(value.tolist())
+    if isinstance(value, (list, tuple)):
+        return [_plain(one) for one in value]
+    if isinstance(value, bytes):
+        return value.decode("utf-8", "backslashreplace")
+    if isinstance(value, float) and not math.isfinite(value):
+        return str(value)
     return value if isinstance(value, (str, int, float, bool)) else str(value)

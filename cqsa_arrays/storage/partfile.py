@@ -106,6 +106,8 @@ class PartFile:
 
 def check_target(path: str, inputs: Sequence[str], *, overwrite: bool, of_job: bool = False) -> None:
     """Raise ArgumentError unless a new file may be made at ``path``, which must be none of ``inputs``."""
+    if path.endswith(os.sep):
+        raise ArgumentError("out", f"{path}, a directory", "the name of a file", "Name a file in it.")
     folder = os.path.dirname(os.path.abspath(path))
     if not os.path.isdir(folder):
         found = "not a directory" if os.path.exists(folder) else "missing"
@@ -120,6 +122,8 @@ def check_target(path: str, inputs: Sequence[str], *, overwrite: bool, of_job: b
             raise ArgumentError("out", f"{name}, a directory", "the name of a file", "Name a file in it.")
         if os.path.exists(name) and any(os.path.exists(one) and os.path.samefile(name, one) for one in inputs):
             raise ArgumentError("out", f"{name}, which is an input", "another file", "Inputs are never overwritten.")
+        if os.path.exists(name) and not os.path.isfile(name):  # --overwrite would put a file in place of /dev/null
+            raise ArgumentError("out", f"{name}, which is no regular file", "a new file", "Choose another name.")
     if os.path.lexists(path) and not overwrite:
         raise ArgumentError(
             "out",

@@ -5,6 +5,7 @@ Imported only when an HDF5 file is at hand: this module imports h5py.
 
 from __future__ import annotations
 
+import math
 import os
 from dataclasses import dataclass
 
@@ -15,6 +16,7 @@ from h5py import h5d, h5t
 from ..errors import ArgumentError, StorageError
 from .dtypes import BFLOAT16, NAMES
 from .layout import LSE_LAYOUTS, Layout, Shape4, parse_layout
+from .links import damage_named, decoded
 from .rows import Rows
 
 _KINDS = {h5d.COMPACT: "compact", h5d.CONTIGUOUS: "contiguous", h5d.CHUNKED: "chunked", h5d.VIRTUAL: "virtual"}
@@ -50,6 +52,8 @@ class StoredArray:
     not_mapped: str | None
     file_size: int
     file_mtime_ns: int
+    linked_from: tuple[str, ...] = ()
+    """Files whose external links led here."""
 
     @property
     def label(self) -> str:
@@ -86,6 +90,7 @@ class StoredArray:
             "offset": self.offset,
             "shape": list(self.shape),
             "dtype": self.dtype.name,
+            "linked_from": list(self.linked_from),
         }
 
 
@@ -95,31 +100,35 @@ def inspect(dataset: h5py.Dataset, argument: str, layout: str | None) -> StoredA
     Raises ArgumentError for elements that are no floats of this machine's byte order, StorageError for external
     storage, virtual data sets and files that end before their data.
     """
-    properties = dataset.id.get_create_plist()
-    kind = storage_kind(dataset)
-    _refuse_foreign_data(dataset, kind, properties.get_external_count())
-    dtype = stored_dtype(dataset, argument)
-    if dataset.shape is None:
+    with damage_named(place := f"{dataset.file.filename}:{decoded(dataset.name)}"):
+        properties = dataset.id.get_create_plist()
+        kind = storage_kind(dataset)
+        _refuse_foreign_data(place, kind, properties.get_external_count())
+        dtype = stored_dtype(dataset, argument)
+        shape, chunks, stored_bytes = dataset.shape, dataset.chunks, dataset.id.get_storage_size()
+        filters = tuple(properties.get_filter(i)[3].decode() for i in range(properties.get_nfilters()))
+        said_layout = dataset.attrs.get("layout")
+    if shape is None:
         raise ArgumentError(argument, f"{dataset.name} without any elements", "an array", "Write data to it.")
     found = os.stat(dataset.file.filename) if dataset.file.driver == "sec2" else None
-    filters = tuple(properties.get_filter(i)[3].decode() for i in range(properties.get_nfilters()))
-    reason = _why_not_mapped(dataset, kind, dtype)
+    size = math.prod(shape) * dtype.itemsize
+    reason = _why_not_mapped(dataset, kind, size, stored_bytes)
     offset = dataset.id.get_offset() if reason is None else None
-    if found and offset is not None and found.st_size < (stop := offset + dataset.size * dtype.itemsize):
+    if found and offset is not None and found.st_size < (stop := offset + size):
         raise StorageError(
-            f"{dataset.file.filename}:{dataset.name}: its data end at byte {stop}, but the file at byte"
-            f" {found.st_size}. It is truncated: copy or write it again."
+            f"{place}: its data end at byte {stop}, but the file at byte {found.st_size}. It is truncated: copy or"
+            " write it again."
         )
     return StoredArray(
         path=os.path.abspath(dataset.file.filename),
-        name=dataset.name,
-        shape=dataset.shape,
-        layout=_layout(dataset, layout, argument),
+        name=decoded(dataset.name),
+        shape=shape,
+        layout=_layout(said_layout, layout, len(shape), argument),
         dtype=dtype,
         kind=kind,
-        chunks=dataset.chunks,
+        chunks=chunks,
         filters=filters,
-        stored_bytes=dataset.id.get_storage_size(),
+        stored_bytes=stored_bytes,
         offset=offset,
         not_mapped=reason,
         file_size=found.st_size if found else 0,
@@ -143,7 +152,7 @@ def stored_dtype(dataset: h5py.Dataset, argument: str) -> np.dtype:
         if stored == h5t.py_create(np.dtype(code)):
             return np.dtype(code)
     kind, size = stored.get_class(), stored.get_size()
-    tagged = kind == h5t.INTEGER and size == 2 and dataset.attrs.get("dtype") == "bfloat16"
+    tagged = kind == h5t.INTEGER and size == 2 and _is_text(dataset.attrs.get("dtype"), "bfloat16")
     own_float = (
         kind == h5t.FLOAT and size == 2 and stored.get_fields() == _BFLOAT16_FIELDS and stored.get_ebias() == 127
     )
@@ -160,17 +169,23 @@ def stored_dtype(dataset: h5py.Dataset, argument: str) -> np.dtype:
     raise ArgumentError(argument, found, f"{NAMES} in this machine's byte order", "Convert it once with h5py.")
 
 
-def _layout(dataset: h5py.Dataset, asked: str | None, argument: str) -> Layout:
+def _is_text(value: object, text: str) -> bool:
+    """Whether an attribute, which may be anything, is ``text``."""
+    return isinstance(value, (str, bytes)) and value in (text, text.encode())
+
+
+def _layout(said: object, asked: str | None, rank: int, argument: str) -> Layout:
     """The layout that was asked for, else the one that the data set says it has, else the usual one of its rank."""
-    said = dataset.attrs.get("layout")
-    said = said.decode() if isinstance(said, bytes) else said
-    if asked is None and said in LSE_LAYOUTS and len(said) == len(dataset.shape):
-        return Layout(said)
-    return parse_layout(asked if asked is not None else said, len(dataset.shape), argument)
+    if asked is not None:
+        return parse_layout(asked, rank, argument)
+    said = decoded(said) if isinstance(said, bytes) else said
+    if said is not None and not isinstance(said, str):
+        found = f"an attribute layout of type {type(said).__name__}"
+        raise ArgumentError(argument, found, "text such as 'bhnd'", "Correct it, or say it with layout=.")
+    return Layout(said) if said in LSE_LAYOUTS and len(said) == rank else parse_layout(said, rank, argument)
 
 
-def _refuse_foreign_data(dataset: h5py.Dataset, kind: str, external_count: int) -> None:
-    place = f"{dataset.file.filename}:{dataset.name}"
+def _refuse_foreign_data(place: str, kind: str, external_count: int) -> None:
     if kind == "virtual":
         raise StorageError(
             f"{place} is virtual: its data lie in other data sets. Name those, or copy it to a real one."
@@ -179,17 +194,17 @@ def _refuse_foreign_data(dataset: h5py.Dataset, kind: str, external_count: int) 
         raise StorageError(f"{place} keeps its data in external files, which are not followed. Copy it to a real one.")
 
 
-def _why_not_mapped(dataset: h5py.Dataset, kind: str, dtype: np.dtype) -> str | None:
-    """Why the elements cannot be taken straight from the file, or None if they can."""
+def _why_not_mapped(dataset: h5py.Dataset, kind: str, size: int, stored_bytes: int) -> str | None:
+    """Why the elements, ``size`` bytes, cannot be taken straight from the file, or None if they can."""
     if kind != "contiguous":
         return kind
     if dataset.file.driver != "sec2":
         return f"not a plain file (h5py driver {dataset.file.driver})"
     if dataset.file.mode != "r":
         return "its file is open for writing"
-    if dataset.size == 0 or dataset.id.get_storage_size() == 0:
+    if size == 0 or stored_bytes == 0:
         # get_offset() alone does not tell: with a user block it is a number even where nothing is allocated.
         return "no space allocated yet"
-    if dataset.id.get_storage_size() != dataset.size * dtype.itemsize or dataset.id.get_offset() is None:
+    if stored_bytes != size or dataset.id.get_offset() is None:
         return "its size on disk is not that of its elements"
     return None

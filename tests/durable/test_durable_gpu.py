@@ -154,7 +154,7 @@ def test_a_commit_that_does_not_wait_for_the_device_would_be_seen(here, monkeypa
     make_inputs("qkv.h5", InputSpec(tokens=1700, heads=3, head_dim=16, dtype="float16", seed=2))
     common = {**{name: f"qkv.h5:/{name}" for name in "qkv"}, "causal": True, "device": "cuda", "out": "out.h5"}
     options, found = durable(Options(cover="cqs", chunks=7, overwrite=True)), set()
-    for seed in range(4):
+    for seed in range(8):
         with simulated_gpu(seed):
             from cqsa_arrays.engine.cuda.resident import DeviceResident
 
@@ -163,7 +163,7 @@ def test_a_commit_that_does_not_wait_for_the_device_would_be_seen(here, monkeypa
             monkeypatch.setattr(DeviceResident, "settle", lambda self: None)
             for _ in range(100):
                 try:
-                    run(common, options, StopAt(4))
+                    run(common, options, StopAt(2 + seed % 4))
                     break
                 except cqsa.JobStopped:
                     continue
