@@ -146,7 +146,7 @@ def check_options(options: object) -> None:
 
 def check_durable(options: Options, out: object) -> None:
     """A job that can be resumed writes a file."""
-    if options.durable and (not isinstance(out, (str, os.PathLike)) or not os.fspath(out)):
+    if options.durable and not isinstance(out, (str, os.PathLike)):
         found = "no out=" if out is None else f"out of type {type(out).__name__}"
         raise ArgumentError("durable", found, "the path of a new file", "Pass out='out.h5', or leave durable out.")
 

@@ -16,6 +16,9 @@ from ..errors import StorageError
 CPU_SECONDS = 60
 """Of computing, not of waiting for a disk: for the structure of 100,000 data sets it takes a quarter of that."""
 
+# What the child may do to itself; other signals are not its fault.
+CRASHES = (signal.SIGSEGV, signal.SIGBUS, signal.SIGABRT, signal.SIGFPE, signal.SIGILL, signal.SIGXCPU)
+
 
 def try_inputs(arguments: Namespace) -> None:
     """Raise StorageError, naming the file, where looking at an input of the command would end or stop this process."""
@@ -65,7 +68,8 @@ def survive(place: str, look: Callable[[], object]) -> None:
         os.kill(child, signal.SIGKILL)
         os.waitpid(child, 0)
         raise
-    if (code := os.waitstatus_to_exitcode(status)) < 0:
+    code = os.waitstatus_to_exitcode(status)
+    if -code in CRASHES:
         what = "does not come back from" if -code == signal.SIGXCPU else f"crashes ({signal.Signals(-code).name}) on"
         raise StorageError(f"{place} is damaged: HDF5 {what} reading its structure. Copy or write it again.")
 

@@ -7,12 +7,26 @@ import shutil
 import signal
 import sqlite3
 import subprocess
+import time
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
-from durable_cases import CASES, KilledAtCommit, command, digest, kill_after, log, make, run, start, unbroken, wait
+from durable_cases import (
+    CASES,
+    KilledAtCommit,
+    command,
+    digest,
+    kill_after,
+    log,
+    make,
+    run,
+    slow,
+    start,
+    unbroken,
+    wait,
+)
 
 from cqsa_arrays.durable.ledger import Ledger
 
@@ -373,20 +387,10 @@ def test_two_processes_on_one_lane(here) -> None:
     make(CASE)
     expected = unbroken(CASE)
 
-    def slow() -> None:
-        usual = os.preadv
-
-        def late(*arguments):
-            import time
-
-            time.sleep(0.02)
-            return usual(*arguments)
-
-        os.preadv = late
-
     first = start(command(CASE), slow)
     while not os.path.exists("out.h5.job/lane-0.lock"):
-        pass
+        time.sleep(0.01)
+    time.sleep(0.1)
     assert run(command(CASE)) == 3
     assert f"lane 0 is computed by process {first} on" in log()
     assert run([*command(CASE), "--restart"]) == 3

@@ -9,7 +9,7 @@ import time
 from pathlib import Path
 
 import pytest
-from durable_cases import CASES, KilledAtCommit, command, digest, log, make, run, start, unbroken, wait
+from durable_cases import CASES, KilledAtCommit, command, digest, log, make, run, slow, start, unbroken, wait
 
 import cqsa_arrays as cqsa
 from cqsa_arrays.durable import saved, status
@@ -56,15 +56,6 @@ def test_a_wrong_state_fails(here, monkeypatch) -> None:
 def test_status_of_a_job_that_runs(here) -> None:
     case = CASES[0]
     make(case)
-
-    def slow() -> None:
-        usual = os.preadv
-
-        def late(*arguments):
-            time.sleep(0.01)
-            return usual(*arguments)
-
-        os.preadv = late
 
     process = start(command(case), slow)
     while not os.path.exists("out.h5.job/ledger.sqlite") or status("out.h5").done_pairs == 0:
