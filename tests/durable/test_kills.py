@@ -19,6 +19,7 @@ from durable_cases import (
     log,
     make,
     run,
+    slow,
     start,
     steps_of,
     unbroken,
