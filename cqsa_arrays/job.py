@@ -120,7 +120,10 @@ def _stays(request: Request) -> bool:
 def _plan(problem: Problem, budget: Budget, options: Options, gpu: Gpu | None) -> Plan:
     machine, chunks = arguments.machine(options, gpu), arguments.resolve_chunks(options)
     try:
-        plan = choose(problem, budget, machine, cover=options.cover, chunks=chunks, device=gpu.name if gpu else "cpu")
+        plan = choose(
+            problem, budget, machine, cover=options.cover, chunks=chunks, device=gpu.name if gpu else "cpu",
+            durable=options.durable,
+        )  # fmt: skip
         return plan if gpu is None else replace(plan, kernel=kernel_name(problem, gpu))
     except BudgetError as error:
         # Statistics have no other place; an output has.

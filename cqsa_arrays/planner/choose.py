@@ -9,7 +9,7 @@ from itertools import product
 from typing import Any
 
 from ..errors import ArgumentError, BudgetError
-from ..units import format_bytes
+from ..units import format_bytes, format_seconds
 from .candidates import (
     MOST_CHUNKS,
     Candidate,
@@ -21,6 +21,7 @@ from .candidates import (
     rectangular_candidate,
     rectangular_candidates,
 )
+from .durability import least_interval_s
 from .memory import DISK, HOST, MEMORY
 from .plan import Budget, Plan
 from .problem import Problem
@@ -29,14 +30,25 @@ COVERS = ("auto", "cqs", "rectangular")
 # CQS Divide is the default; it gives way where it is priced this much slower or writes this many times the output.
 SLOWER = 1.05
 WRITES = 2.0
+# Or where so much work of a durable job would be at risk.
+LONGEST_INTERVAL_S = 300.0
 
 
 @lru_cache(maxsize=64)  # a call after the other with arrays of one shape: 4 ms of arithmetic once
-def choose(problem: Problem, budget: Budget, machine: Machine, *, cover: str, chunks: int | None, device: str) -> Plan:
+def choose(
+    problem: Problem,
+    budget: Budget,
+    machine: Machine,
+    *,
+    cover: str,
+    chunks: int | None,
+    device: str,
+    durable: bool = False,
+) -> Plan:
     """The plan for ``problem`` within ``budget``; pure arithmetic, no I/O.
 
-    ``cover`` is one of ``COVERS``. Raises ArgumentError for a number of ``chunks`` that cannot be, BudgetError where
-    nothing fits.
+    ``cover`` is one of ``COVERS``; ``durable``: it will be saved now and then. Raises ArgumentError for a number of
+    ``chunks`` that cannot be, BudgetError where nothing fits.
     """
     if chunks is not None and not 1 <= chunks <= MOST_CHUNKS:
         remedy = "Leave it out to let the planner choose."
@@ -53,6 +65,16 @@ def choose(problem: Problem, budget: Budget, machine: Machine, *, cover: str, ch
         "rectangular": _cheapest(others_fed),
     }
     chosen, reason = _select(found["cqs"], found["rectangular"], cover)
+    if (
+        durable
+        and cover == "auto"
+        and chosen is not None
+        and chosen.cover == "cqs"
+        and found["rectangular"] is not None
+    ):
+        interval_s = least_interval_s(problem, chosen, machine.rates)
+        if interval_s > LONGEST_INTERVAL_S:
+            chosen, reason = found["rectangular"], f"cqs could be saved only every {format_seconds(interval_s)}"
     if chosen is None:
         unfed = {"cqs": quorums, "rectangular": others}.get(cover, quorums + others)
         raise _host_refusal(unfed, budget) if unfed else _refusal(problem, budget, machine, cover, chunks)

@@ -37,16 +37,26 @@ class Durability:
         )
 
 
+def saved_bytes(problem: Problem, chosen: Candidate) -> int:
+    """Bytes of states that a commit writes at most: those in memory; others are in a file already."""
+    heads, tiles = chosen.batches * chosen.heads, chosen.cover == "rectangular"
+    whole = problem.query_tokens if not (tiles or chosen.states_on_disk) else chosen.residency.query_chunk
+    return heads * whole * state_row_bytes(problem)
+
+
+def least_interval_s(problem: Problem, chosen: Candidate, rates: Rates) -> float:
+    """The shortest time between commits which keeps them within ``SHARE`` of it."""
+    return max(LEAST_INTERVAL_S, saved_bytes(problem, chosen) / (rates.disk_write_bytes * SHARE))
+
+
 def durability(problem: Problem, chosen: Candidate, rates: Rates, lanes: int, interval_s: float | None) -> Durability:
     """How a job that runs ``chosen`` is saved, every ``interval_s`` seconds or as often as ``SHARE`` allows."""
     heads, row_bytes = chosen.batches * chosen.heads, state_row_bytes(problem)
     tiles = chosen.cover == "rectangular"
     rows = chosen.residency.query_chunk if tiles else problem.query_tokens
-    in_memory = rows if not chosen.states_on_disk else chosen.residency.query_chunk
-    written = heads * in_memory * row_bytes
     meet = lanes > 1 and not tiles and chosen.query_parts > 1
     groups = problem.batch * problem.heads // heads if meet else 1
     disk = 2 * lanes * groups * heads * rows * row_bytes
     if interval_s is None:
-        interval_s = max(LEAST_INTERVAL_S, written / (rates.disk_write_bytes * SHARE))
-    return Durability(lanes, interval_s, written, disk, chosen.part_s)
+        interval_s = least_interval_s(problem, chosen, rates)
+    return Durability(lanes, interval_s, saved_bytes(problem, chosen), disk, chosen.part_s)

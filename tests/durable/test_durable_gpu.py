@@ -162,6 +162,7 @@ def test_a_commit_that_does_not_wait_for_the_device_would_be_seen(here, monkeypa
 
                 # Copies come first, launches as late as they may.
                 simulator.pick = lambda ready: max(ready, key=lambda stream: stream.ptr)
+                simulator.now_and_then = lambda: None
                 if not waits:
                     monkeypatch.setattr(DeviceResident, "settle", lambda self: None)
                 with pytest.raises(cqsa.JobStopped):
