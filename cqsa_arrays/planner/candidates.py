@@ -35,9 +35,9 @@ CHUNK_TABLE_BYTES = 32
 DEVICE_CHOICES = 6
 # States on a GPU while others wait elsewhere: one comes, one is continued, one leaves.
 PASSING_STATES = 3
-# A step is run in parts of about so many seconds, between which a run may be saved or stopped; shorter parts than so
-# many rows would leave threads idle, or multiprocessors of a GPU. Whole tiles, and panels of any kernel.
-PART_S = 2.0
+# A step is run in parts of about so many seconds, between which a run may be saved or stopped, on a GPU once the parts
+# that are under way are done; shorter ones than so many rows would leave threads idle, or multiprocessors of a GPU.
+HOST_PART_S, DEVICE_PART_S = 2.0, 0.5
 HOST_PART_ROWS = 3072
 # Longest key block of the rectangular cover.
 KEY_BLOCK_TOKENS = 1 << 20
@@ -225,13 +225,13 @@ def _priced(
 
 def _parts(problem: Problem, machine: Machine, residency: Residency, keys: int) -> tuple[int, float]:
     """How many query rows go against ``keys`` keys at once, and the seconds of that."""
-    rates = machine.rates
-    rate = dict(rates.device_flops)[problem.q.dtype] if machine.gpu else rates.flops(
-        problem.compute_dtype, machine.threads
-    )  # fmt: skip
-    row_s = residency.heads * keys * 2 * (problem.head_dim + problem.value_dim) / rate
-    least = rates.device_wave_rows if machine.gpu else HOST_PART_ROWS
-    rows = min(max(least, int(PART_S / row_s) // least * least), residency.query_chunk)
+    rates, per_pair = machine.rates, 2 * (problem.head_dim + problem.value_dim)
+    pair_s = per_pair / rates.flops(problem.compute_dtype, machine.threads)
+    least, most_s = HOST_PART_ROWS, HOST_PART_S
+    if machine.gpu:
+        pair_s, least, most_s = rates.device_s(problem.q.dtype, per_pair), rates.device_wave_rows, DEVICE_PART_S
+    row_s = residency.heads * keys * pair_s
+    rows = min(max(least, int(most_s / row_s) // least * least), residency.query_chunk)
     return rows, rows * row_s
 
 

@@ -23,6 +23,8 @@ class Rates:
     device_flops: tuple[tuple[str, float], ...] = (
         ("float16", 330e12), ("bfloat16", 330e12), ("float32", 75e12), ("float64", 35e12),
     )  # fmt: skip
+    # Short vectors do not make a pair of a query and a key quicker than this: its exponential takes as long.
+    device_pair_s: float = 0.48e-12
     device_wave_rows: int = 132 * 256
     # Each launch begins and ends every row that it takes: operands come, a state is read and written.
     row_launch_s: float = 0.65e-9
@@ -33,6 +35,10 @@ class Rates:
     def flops(self, dtype: str, threads: int) -> float:
         per_thread = self.float32_flops_per_thread if dtype == "float32" else self.float64_flops_per_thread
         return per_thread * threads
+
+    def device_s(self, dtype: str, flops_per_pair: int) -> float:
+        """Seconds of a GPU for one (query, key) pair."""
+        return max(flops_per_pair / dict(self.device_flops)[dtype], self.device_pair_s)
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,7 +118,8 @@ def estimate_device_s(
     output_bytes = 0 if problem.result.on_device else problem.output_bytes
     link_s = (moved.input_read_bytes + output_bytes) / rates.link_bytes
     rows = residency.heads * min(work.rows_per_step, problem.query_tokens)
-    compute_s = problem.flops / dict(rates.device_flops)[problem.q.dtype] * (1 + _idle(rows, work, rates))
+    pair_s = rates.device_s(problem.q.dtype, 2 * (problem.head_dim + problem.value_dim))
+    compute_s = problem.pairs * pair_s * (1 + _idle(rows, work, rates))
     compute_s += work.steps * rows * rates.row_launch_s
     host_s = work.steps * rates.launch_s + moved.input_read_bytes / rates.copied_bytes
     first_tokens = {"q": residency.query_chunk, "k": residency.key_chunk, "v": residency.key_chunk}
