@@ -99,6 +99,15 @@ def every_step(case: Case, directory: Path) -> int:
     return steps
 
 
+def on_device(case: Case, device: str) -> Case:
+    """``case`` there; its budget is one of the CPU."""
+    options = list(case.options)
+    if device != "cpu" and "--memory" in options:
+        at = options.index("--memory")
+        del options[at : at + 2]
+    return Case(case.name, case.spec, (*options, "--device", device))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=1000)
@@ -107,7 +116,7 @@ def main() -> None:
     parser.add_argument("--steps", action="store_true", help="kill at every step that changes the disk, too")
     parser.add_argument("--directory", help="where to work (default: temporary)")
     arguments = parser.parse_args()
-    cases = [Case(c.name, c.spec, (*c.options, "--device", arguments.device)) for c in CASES]
+    cases = [on_device(case, arguments.device) for case in CASES]
     directory = Path(arguments.directory or tempfile.mkdtemp(prefix="cqsa-campaign-"))
     try:
         right = campaign(arguments.kills, arguments.seed, directory, cases)
