@@ -23,13 +23,30 @@ def cell(value: object) -> str:
 def table(name: str) -> str:
     """The stored rows as a Markdown table, with machine and date below."""
     stored = json.loads((RESULTS / f"{name}.json").read_text())
-    rows, machine = stored["rows"], stored["machine"]
+    rows = stored["rows"]
     lines = [" | ".join(rows[0]), " | ".join("---" for _ in rows[0])]
     lines += [" | ".join(cell(value) for value in row.values()) for row in rows]
-    where = f"{machine['cores']} cores of {machine['processor']}, {stored['date']}"
-    where = f"{stored['gpu']}, {where}" if "gpu" in stored else where
     peer = f"; {stored['peer']}" if "peer" in stored else ""
-    return "\n".join([*(f"| {line} |" for line in lines), "", f"*{where}{peer}.*"])
+    return "\n".join([*(f"| {line} |" for line in lines), "", f"*{place(stored)}{peer}.*"])
+
+
+def beside(*names: str) -> str:
+    """Results of one row each beside each other, with what was measured down the side."""
+    found = [json.loads((RESULTS / f"{name}.json").read_text()) for name in names]
+    rows = [stored["rows"][0] for stored in found]
+    labels = list(dict.fromkeys(label for row in rows for label in row))
+    lines = [" | ".join(["", *(str(row["device"]) for row in rows)]), " | ".join("---" for _ in [*rows, 0])]
+    for label in labels[2:]:
+        lines.append(" | ".join([label, *(cell(row.get(label, "-")) for row in rows)]))
+    where = [f"{row['device']}: {place(stored)}" for row, stored in zip(rows, found, strict=True)]
+    return "\n".join([*(f"| {line} |" for line in lines), "", f"*{'; '.join(where)}.*"])
+
+
+def place(stored: dict) -> str:
+    """Machine and date."""
+    machine = stored["machine"]
+    where = f"{machine['cores']} cores of {machine['processor']}, {stored['date']}"
+    return f"{stored['gpu']}, {where}" if "gpu" in stored else where
 
 
 def plan() -> str:
@@ -39,7 +56,7 @@ def plan() -> str:
 def render(text: str) -> str:
     def part(match: re.Match[str]) -> str:
         name = match[1]
-        body = plan() if name == "plan" else table(name)
+        body = {"plan": plan, "billion": lambda: beside("billion_cpu", "billion_cuda")}.get(name, lambda: table(name))()
         return f"<!-- generated:{name} -->\n{body}\n<!-- /generated -->"
 
     return PART.sub(part, text)

