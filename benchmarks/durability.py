@@ -41,7 +41,7 @@ def rows(arguments: argparse.Namespace, directory: Path) -> dict[str, object]:
             for head in range(arguments.heads):
                 data[0, head] = rng.standard_normal(shape[2:], dtype="float32")
     sources = [f"{directory}/qkv.h5:/{name}" for name in "qkv"]
-    commits, times = counted(), {True: [], False: []}
+    commits, times, saved = counted(), {True: [], False: []}, ""
     call = {"causal": True, "device": arguments.device, "memory": arguments.memory, "out": directory / "out.h5"}
     for durable in [True, False] * arguments.repeats:
         options = cqsa.Options(durable=durable, overwrite=True, cover=arguments.cover)

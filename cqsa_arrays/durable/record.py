@@ -13,6 +13,8 @@ from .ledger import Ledger
 
 # Of so many commits the ledger keeps when they were made: enough to tell the rate of now.
 RECENT = 16
+# The checksum of rows that were written when a lane came to its end.
+NOT_TAKEN = -1
 
 
 @dataclass(frozen=True, slots=True)

@@ -18,6 +18,8 @@ class Rates:
     disk_read_bytes: float = 1.9e9
     disk_write_bytes: float = 1.2e9
     cached_bytes: float = 8e9
+    # Of states: handed to the system, read back, checked and put on the disk.
+    saved_bytes: float = 0.7e9
     step_s: float = 1e-4
     # One GPU of the Hopper generation, by element type of the inputs, and its link to the host.
     device_flops: tuple[tuple[str, float], ...] = (

@@ -46,7 +46,7 @@ def saved_bytes(problem: Problem, chosen: Candidate) -> int:
 
 def least_interval_s(problem: Problem, chosen: Candidate, rates: Rates) -> float:
     """The shortest time between commits which keeps them within ``SHARE`` of it."""
-    return max(LEAST_INTERVAL_S, saved_bytes(problem, chosen) / (rates.disk_write_bytes * SHARE))
+    return max(LEAST_INTERVAL_S, saved_bytes(problem, chosen) / (rates.saved_bytes * SHARE))
 
 
 def durability(problem: Problem, chosen: Candidate, rates: Rates, lanes: int, interval_s: float | None) -> Durability:
