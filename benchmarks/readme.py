@@ -36,7 +36,7 @@ def beside(*names: str) -> str:
     rows = [stored["rows"][0] for stored in found]
     labels = list(dict.fromkeys(label for row in rows for label in row))
     lines = [" | ".join(["", *(str(row["device"]) for row in rows)]), " | ".join("---" for _ in [*rows, 0])]
-    for label in labels[2:]:
+    for label in (label for label in labels if label != "device"):
         lines.append(" | ".join([label, *(cell(row.get(label, "-")) for row in rows)]))
     where = [f"{row['device']}: {place(stored)}" for row, stored in zip(rows, found, strict=True)]
     return "\n".join([*(f"| {line} |" for line in lines), "", f"*{'; '.join(where)}.*"])
@@ -56,7 +56,8 @@ def plan() -> str:
 def render(text: str) -> str:
     def part(match: re.Match[str]) -> str:
         name = match[1]
-        body = {"plan": plan, "billion": lambda: beside("billion_cpu", "billion_cuda")}.get(name, lambda: table(name))()
+        pairs = {"billion": ("billion_cpu", "billion_cuda"), "durability": ("durability_cpu", "durability_cuda")}
+        body = plan() if name == "plan" else beside(*pairs[name]) if name in pairs else table(name)
         return f"<!-- generated:{name} -->\n{body}\n<!-- /generated -->"
 
     return PART.sub(part, text)

@@ -146,7 +146,8 @@ def plan(directory: Path) -> str:
             space = h5py.h5s.create_simple((8, 1 << 20, 64))
             h5py.h5d.create(file.id, name.encode(), h5py.h5t.IEEE_F32LE, space, early)
     stored = cqsa.open(source)
-    text = str(cqsa.plan(stored.q, stored.k, stored.v, causal=True, memory="512MiB", out="out.h5"))
+    call = {"causal": True, "memory": "512MiB", "out": "out.h5", "options": cqsa.Options(durable=True)}
+    text = str(cqsa.plan(stored.q, stored.k, stored.v, **call))
     source.unlink()
     return text
 
