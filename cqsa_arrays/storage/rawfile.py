@@ -19,6 +19,8 @@ ADVICE_BYTES = 128 << 10
 """Linux heeds no more than one read-ahead window (128 KiB by default) of one advice: longer runs go in steps."""
 
 WRITE_BACK_BYTES = 256 << 10
+CHECK_BYTES = 64 << 10
+"""What a checksum reads at a time: no more than a thread's own memory, which plans count."""
 
 
 class RawFile:
@@ -74,9 +76,9 @@ class RawFile:
 
     def checksum(self, position: int, size_bytes: int, start: int = 0) -> int:
         """CRC-32 of what the file holds there, continuing ``start``; by any thread."""
-        piece = allocate(max(1, min(size_bytes, PIECE_BYTES)), "u1")
-        for offset in range(0, size_bytes, PIECE_BYTES):
-            part = piece[: min(PIECE_BYTES, size_bytes - offset)]
+        piece = allocate(CHECK_BYTES, "u1")
+        for offset in range(0, size_bytes, CHECK_BYTES):
+            part = piece[: min(CHECK_BYTES, size_bytes - offset)]
             self.read_into(part, position + offset)
             start = zlib.crc32(part.data, start)
         return start
