@@ -16,6 +16,8 @@ from ..errors import StorageError
 FORMAT = 1
 # For another process that commits, not for one that computes: commits take milliseconds.
 PATIENCE_S = 30.0
+# Of a damaged file, SQLite's own message may be no text.
+_FAILURES = (sqlite3.Error, UnicodeDecodeError)
 
 
 class Ledger:
@@ -37,7 +39,7 @@ class Ledger:
         try:
             self._connection = sqlite3.connect(path, timeout=PATIENCE_S, isolation_level=None, check_same_thread=False)
             self._open(create)
-        except sqlite3.Error as error:
+        except _FAILURES as error:
             raise self._failed(error) from error
 
     def _open(self, create: bool) -> None:
@@ -66,7 +68,7 @@ class Ledger:
                 # Not LIKE: its wildcards may be part of a name.
                 query = "SELECT name, value, checksum FROM facts WHERE substr(name, 1, ?) = ? ORDER BY name"
                 rows = self._connection.execute(query, (len(prefix), prefix)).fetchall()
-            except sqlite3.Error as error:
+            except _FAILURES as error:
                 raise self._failed(error) from error
         return {name: self._checked(name, value, checksum) for name, value, checksum in rows}
 
@@ -86,7 +88,7 @@ class Ledger:
                         "INSERT OR REPLACE INTO facts VALUES (?, ?, ?)",
                         [(name, text, _checksum(name, text)) for name, text in texts.items()],
                     )
-            except sqlite3.Error as error:
+            except _FAILURES as error:
                 raise self._failed(error) from error
 
     def close(self) -> None:
@@ -110,11 +112,12 @@ class Ledger:
             f"{self.path}: damaged: {what}. The job cannot go on; start it over with --restart (Options(restart=True))."
         )
 
-    def _failed(self, error: sqlite3.Error) -> StorageError:
+    def _failed(self, error: Exception) -> StorageError:
         code = getattr(error, "sqlite_errorcode", None)
         if code in (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED):
             return StorageError(f"{self.path}: locked by another program. Close that, and resume the job.")
-        if code in (sqlite3.SQLITE_NOTADB, sqlite3.SQLITE_CORRUPT) or type(error) is sqlite3.DatabaseError:
+        broken = code in (sqlite3.SQLITE_NOTADB, sqlite3.SQLITE_CORRUPT)
+        if broken or type(error) in (sqlite3.DatabaseError, UnicodeDecodeError):
             return self.damaged(str(error))
         return StorageError(f"{self.path}: {error}. What was committed before is safe.")
 

@@ -21,7 +21,7 @@ class Lock:
         try:
             connection = sqlite3.connect(path, timeout=patience_s, isolation_level=None, check_same_thread=False)
             connection.execute("BEGIN EXCLUSIVE")
-        except sqlite3.Error as error:
+        except (sqlite3.Error, UnicodeDecodeError) as error:
             if connection is not None:
                 connection.close()
             if getattr(error, "sqlite_errorcode", None) in (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED):
