@@ -99,7 +99,7 @@ def prepared(request: Request, *, as_statistics: bool = False) -> Iterator[Job]:
 
 def as_durable(plan: Plan, options: Options, gpu: Gpu | None, lanes: int | None = None) -> Plan:
     """``plan`` as one of a job that can be resumed."""
-    rates, lanes = arguments.machine(options, gpu).rates, options.lanes if lanes is None else lanes
+    rates, lanes = arguments.machine(options, gpu).rates, int(options.lanes if lanes is None else lanes)
     interval_s = None if options.checkpoint_s is None else parse_seconds(options.checkpoint_s, "checkpoint_s")
     return replace(plan, durability=durability(plan.problem, plan.chosen, rates, lanes, interval_s))
 

@@ -79,12 +79,17 @@ def _stored(job: Job) -> dict[str, object]:
         },
         "mask": mask_to_dict(problem.mask),
         "scale": problem.scale,
-        "memory": request.memory,
+        "memory": _plain(request.memory),
         "device": job.plan.device,
         "dtype": problem.result.dtype,
-        "options": {name: getattr(options, name) for name in kept}
+        "options": {name: _plain(getattr(options, name)) for name in kept}
         | {"scratch": None if options.scratch is None else os.path.abspath(options.scratch)},
     }
+
+
+def _plain(value: Any) -> Any:
+    """A number of NumPy as one of Python, for JSON."""
+    return value.item() if isinstance(value, np.generic) else value
 
 
 def resumed(out: str, *, device: str | None, memory: int | str | None, options: Options) -> Request:

@@ -17,10 +17,11 @@ from .checkpoint import Lane, LaneCheckpoint
 from .folder import FINISH, SETUP, JobFolder
 from .job import JobFact, drop, open_job
 from .ledger import Ledger
+from .lock import Lock
 from .merge import merge_lanes
 from .record import read_lane, read_rows, runner
 from .setup import Setup
-from .states import open_lane_states, remove_states
+from .states import lane_lock, open_lane_states, remove_states
 from .stop import Stop
 
 logger = logging.getLogger("cqsa_arrays")
@@ -56,6 +57,7 @@ def attend(setup: Setup, stop: Stop) -> RunReport:
     """
     folder = JobFolder(setup.out)
     if setup.restart:
+        check_target(setup.out, setup.output.inputs, overwrite=setup.overwrite, of_job=True)
         drop(folder)
     if not folder.exists:
         if os.path.lexists(setup.out) and not setup.overwrite:
@@ -113,24 +115,30 @@ class _Released:
 
 
 def _run_lanes(opened: Opened, stop: Stop, progress: Progress) -> RunReport:
-    """Run the lanes that nobody else runs, in turn; what that took."""
-    report = RunReport(0.0, 0, 0, 0)
-    for number in opened.unfinished():
-        lock = opened.folder.lock(f"lane-{number}")
-        if lock is None:
-            continue
-        with closing(_Released(lock.release)):
-            if number in opened.unfinished():  # not done by another process meanwhile
-                opened.ledger.commit({f"runner/{number}": {"pid": os.getpid(), "host": os.uname().nodename}})
-                report += _run_lane(opened, number, stop, progress)
-    return report
+    """Run the lanes that nobody else runs, in turn, until there is none; what that took."""
+    report, directory = RunReport(0.0, 0, 0, 0), opened.fact.directory(opened.folder)
+    while True:
+        ran = False
+        for number in opened.unfinished():
+            # Somebody who only looks holds it for a moment.
+            lock = Lock.take(lane_lock(directory, opened.fact.key, number), patience_s=1.0)
+            if lock is None:
+                continue
+            with closing(_Released(lock.release)):
+                if number in opened.unfinished():  # not done by another process meanwhile
+                    opened.ledger.commit({f"runner/{number}": {"pid": os.getpid(), "host": os.uname().nodename}})
+                    report, ran = report + _run_lane(opened, number, stop, progress), True
+        if not ran:
+            return report
 
 
 def _run_lane(opened: Opened, number: int, stop: Stop, progress: Progress) -> RunReport:
     record, plan, setup = read_lane(opened.ledger, number), opened.plan, opened.setup
     _check_rows(opened, number, record.finished)
     with ExitStack() as stack:
-        states = stack.enter_context(closing(open_lane_states(opened.fact.states, opened.fact.mark, plan, number)))
+        states = stack.enter_context(
+            closing(open_lane_states(opened.fact.directory(opened.folder), opened.fact.key, plan, number))
+        )
         states.restore(record.versions)
         lane = Lane(number, plan, opened.ledger, states, opened.output, setup.check_inputs)
         checkpoint = stack.enter_context(closing(LaneCheckpoint(lane, record, opened.end, stop)))
@@ -171,8 +179,9 @@ def _finish(opened: Opened) -> None:
             return
         if opened.plan.lanes_meet:
             with closing(_results(opened.plan, opened.output)) as results:
-                merge_lanes(opened.plan, opened.ledger, opened.fact, results)
+                directory = opened.fact.directory(opened.folder)
+                merge_lanes(opened.plan, opened.ledger, directory, opened.fact.key, results)
         opened.setup.check_inputs()
         opened.output.finish()
-        remove_states(opened.fact.states, opened.fact.mark, opened.plan.lanes)
+        remove_states(opened.fact.directory(opened.folder), opened.fact.key, opened.plan.lanes)
         opened.folder.remove()

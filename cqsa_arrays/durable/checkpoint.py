@@ -142,8 +142,8 @@ class LaneCheckpoint:
             lane.ledger.commit(
                 {**record.facts(lane.number), **rows_facts(lane.number, rows)}, drop=self._obsolete(record)
             )
-        except BaseException:
-            lane.states.committed({})
+        except BaseException as error:
+            lane.states.failed(error)
             raise
         lane.states.committed(versions)
         self._record = record

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-import shutil
+import re
+from contextlib import suppress
 from dataclasses import dataclass
 
 from ..errors import StorageError
@@ -11,6 +12,12 @@ from ..storage import JOB_SUFFIX
 from .lock import Lock
 
 SETUP, FINISH = "setup", "finish"
+# What jobs make in their folder.
+OWN = re.compile(
+    r"ledger\.(sqlite|new)(-journal)?|(setup|finish)\.lock(-journal)?|[0-9a-f]+-states-\d+(\.lock(-journal)?)?"
+)
+    r"ledger\.(sqlite|new)(-journal)?|(setup|finish)\.lock(-journal)?|[0-9a-f]+-states-\d+(\.lock(-journal)?)?"
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,13 +46,14 @@ class JobFolder:
         return os.path.isfile(self.ledger)
 
     def make(self) -> None:
-        """Make the folder, unless it is there."""
+        """Make the folder, unless it is there. Raises StorageError where it cannot be, or holds what is no job's."""
         try:
             os.makedirs(self.path, exist_ok=True)
+            foreign = sorted(name for name in os.listdir(self.path) if not OWN.fullmatch(name))
         except OSError as error:
-            raise StorageError(
-                f"{self.path}: cannot be made: {error.strerror}. A job keeps its record there."
-            ) from error
+            raise StorageError(f"{self.path}: {error.strerror}. A job keeps its record there.") from error
+        if foreign:
+            raise StorageError(f"{self.path} holds {foreign[0]}, which is of no job. Move it, or name another output.")
 
     def lock(self, name: str, patience_s: float = 0.0) -> Lock | None:
         """The lock of that name, or None where another process holds it."""
@@ -59,7 +67,15 @@ class JobFolder:
             lock.release()
 
     def remove(self) -> None:
-        """Remove the folder; the ledger first, for without it there is no job."""
-        if os.path.lexists(self.ledger):
-            os.remove(self.ledger)
-        shutil.rmtree(self.path, ignore_errors=True)
+        """Remove what jobs make in the folder, and the folder; the ledger first, for without it there is no job."""
+        try:
+            with suppress(FileNotFoundError):
+                os.remove(self.ledger)
+            for name in os.listdir(self.path) if os.path.isdir(self.path) else ():
+                if OWN.fullmatch(name):
+                    with suppress(FileNotFoundError):
+                        os.remove(os.path.join(self.path, name))
+            with suppress(FileNotFoundError, OSError):  # somebody else's files are in it
+                os.rmdir(self.path)
+        except OSError as error:
+            raise StorageError(f"{self.path}: cannot be removed: {error.strerror}.") from error

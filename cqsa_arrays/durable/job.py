@@ -4,19 +4,21 @@ from __future__ import annotations
 
 import logging
 import os
+import secrets
 import time
-from contextlib import ExitStack, closing
-from dataclasses import asdict, dataclass
+from contextlib import ExitStack, closing, suppress
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from ..errors import ArgumentError, JobBusyError, StorageError
 from ..planner import Plan
-from ..storage import PART_SUFFIX, OutputFile, describe
+from ..storage import PART_SUFFIX, OutputFile, check_target, describe
 from ..version import __version__
-from .folder import JobFolder
+from .folder import FINISH, SETUP, JobFolder
 from .ledger import Ledger
+from .lock import Lock
 from .setup import Setup, fingerprints, mark_of, problem_facts
-from .states import remove_states, reserve_states
+from .states import lane_lock, remove_states, reserve_states
 
 logger = logging.getLogger("cqsa_arrays")
 # Of a candidate: what another machine must take over for the same cover, chunks and states.
@@ -26,9 +28,14 @@ RESTART = "Start the job over with --restart (Options(restart=True))."
 
 @dataclass(frozen=True, slots=True)
 class JobFact:
-    """The entry "job" of a ledger. ``mark`` names the job in its output, ``states`` is the directory of the states."""
+    """The entry "job" of a ledger.
+
+    ``mark`` names the job in its output; ``key`` is part of the names of its files of states, which are in the
+    directory ``states`` ("": in the job's folder).
+    """
 
     mark: str
+    key: str
     package: str
     identity: str
     device: str
@@ -42,6 +49,10 @@ class JobFact:
     pairs: int
     flops: int
     begun: float
+
+    def directory(self, folder: JobFolder) -> str:
+        """Where the states are."""
+        return self.states or folder.path
 
 
 def read_fact(ledger: Ledger) -> JobFact:
@@ -69,17 +80,33 @@ def open_job(setup: Setup, folder: JobFolder, stack: ExitStack) -> tuple[Ledger,
     if _was_finished(setup.out, fact):
         _remove(folder, fact)
         return None
+    overwrite = setup.overwrite or fact.overwrite
+    check_target(setup.out, setup.output.inputs, overwrite=overwrite, of_job=True)
     _check_same(setup, fact)
     plan = _plan_of(setup, ledger, fact)
     if plan.device != fact.device:
-        fact = JobFact(**{**asdict(fact), "device": plan.device, "identity": plan.identity, "chosen": _choice(plan)})
-        ledger.commit({"job": asdict(fact)})
-    output = OutputFile.reopen(
-        setup.out, shape=setup.output.shape, dtype=setup.output.dtype, layout=setup.output.layout,
-        lse_dtype=setup.output.lse_dtype, marks={"job": fact.mark}, overwrite=fact.overwrite,
-    )  # fmt: skip
+        fact = _moved(setup, folder, ledger, fact, plan)
+    try:
+        output = OutputFile.reopen(
+            setup.out, shape=setup.output.shape, dtype=setup.output.dtype, layout=setup.output.layout,
+            lse_dtype=setup.output.lse_dtype, marks={"job": fact.mark}, overwrite=overwrite,
+        )  # fmt: skip
+    except StorageError:
+        if folder.exists and not _was_finished(setup.out, fact):
+            raise
+        return None  # another process has given it its name, meanwhile
     stack.callback(output.keep)
     return ledger, output, fact, plan
+
+
+def _moved(setup: Setup, folder: JobFolder, ledger: Ledger, fact: JobFact, plan: Plan) -> JobFact:
+    """The job as one of another device, which must not be computed meanwhile."""
+    with ExitStack() as held:
+        _hold_lanes(folder, fact, held)
+        request = dict(setup.request)
+        fact = replace(fact, device=plan.device, identity=plan.identity, chosen=_choice(plan), request=request)
+        ledger.commit({"job": asdict(fact)})
+    return fact
 
 
 def _begin(setup: Setup, folder: JobFolder, stack: ExitStack) -> tuple[Ledger, OutputFile, JobFact, Plan]:
@@ -90,20 +117,20 @@ def _begin(setup: Setup, folder: JobFolder, stack: ExitStack) -> tuple[Ledger, O
     with ExitStack() as undo:
         undo.callback(folder.remove)
         inputs = fingerprints(setup.inputs)
-        mark = mark_of(plan.identity, inputs)
+        mark, key = mark_of(plan.identity, inputs), secrets.token_hex(8)
         output = OutputFile.create(
             setup.out, shape=spec.shape, dtype=spec.dtype, layout=spec.layout, lse_dtype=spec.lse_dtype,
             attributes={**spec.attributes, "job": mark}, overwrite=setup.overwrite, inputs=spec.inputs, of_job=True,
         )  # fmt: skip
         undo.callback(output.abandon)
         fact = JobFact(
-            mark=mark, package=__version__, identity=plan.identity, device=plan.device, lanes=plan.lanes,
+            mark=mark, key=key, package=__version__, identity=plan.identity, device=plan.device, lanes=plan.lanes,
             chosen=_choice(plan), problem=problem_facts(plan.problem, spec.layout), inputs=inputs,
-            request=dict(setup.request), states=os.path.abspath(setup.scratch or folder.path),
+            request=dict(setup.request), states=os.path.abspath(setup.scratch) if setup.scratch else "",
             overwrite=setup.overwrite, pairs=plan.problem.pairs, flops=plan.problem.flops, begun=time.time(),
         )  # fmt: skip
-        reserve_states(fact.states, mark, plan)
-        undo.callback(remove_states, fact.states, mark, plan.lanes)
+        reserve_states(fact.directory(folder), key, plan)
+        undo.callback(remove_states, fact.directory(folder), key, plan.lanes)
         with Ledger(folder.new_ledger, create=True) as new:
             new.commit({"job": asdict(fact)})
         os.replace(folder.new_ledger, folder.ledger)  # with its name the job begins, and with its first entry there
@@ -171,24 +198,38 @@ def _was_finished(out: str, fact: JobFact) -> bool:
 
 
 def _remove(folder: JobFolder, fact: JobFact) -> None:
-    remove_states(fact.states, fact.mark, fact.lanes)
+    remove_states(fact.directory(folder), fact.key, fact.lanes)
     folder.remove()
+
+
+def _hold_lanes(folder: JobFolder, fact: JobFact, held: ExitStack) -> None:
+    """Hold the locks of all lanes; JobBusyError where another process computes one."""
+    for lane in range(fact.lanes):
+        lock = Lock.take(lane_lock(fact.directory(folder), fact.key, lane), patience_s=1.0)
+        if lock is None:
+            raise JobBusyError(f"{folder.out}: this job is being computed; stop that first")
+        held.callback(lock.release)
 
 
 def drop(folder: JobFolder) -> None:
-    """Remove an unfinished job, whatever its state; JobBusyError where a process still computes it."""
+    """Remove an unfinished job, whatever its state; JobBusyError where a process begins, computes or finishes it."""
     if not os.path.isdir(folder.path):
         return
-    for name in sorted(os.listdir(folder.path)):
-        if name.startswith("lane-") and name.endswith(".lock"):
-            lock = folder.lock(name.removesuffix(".lock"))
+    folder.make()  # refuses what is no job's
+    with ExitStack() as held:
+        for name in (SETUP, FINISH):
+            lock = folder.lock(name)
             if lock is None:
-                raise JobBusyError(f"{folder.out}: this job is being computed; stop that first.")
-            lock.release()
-    try:
-        with closing(Ledger(folder.ledger)) as ledger:
-            fact = read_fact(ledger)
-            remove_states(fact.states, fact.mark, fact.lanes)
-    except StorageError as error:
-        logger.info("the record of the job is dropped unread: %s", error)
-    folder.remove()
+                raise JobBusyError(f"{folder.out}: this job is being begun or finished; stop that first")
+            held.callback(lock.release)
+        try:
+            with Ledger(folder.ledger) as ledger:
+                fact = read_fact(ledger)
+        except StorageError as error:
+            logger.info("the record of the job is dropped unread: %s", error)
+        else:
+            _hold_lanes(folder, fact, held)
+            remove_states(fact.directory(folder), fact.key, fact.lanes)
+        folder.remove()
+        with suppress(FileNotFoundError):
+            os.remove(folder.out + PART_SUFFIX)

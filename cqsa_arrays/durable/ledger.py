@@ -7,8 +7,8 @@ import os
 import sqlite3
 import threading
 import zlib
-from collections.abc import Iterable, Mapping
-from contextlib import suppress
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from typing import Any, Self
 
 from ..errors import StorageError
@@ -29,7 +29,7 @@ class Ledger:
 
     def __init__(self, path: str, *, create: bool = False) -> None:
         self.path = path
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()
         if not create and not os.path.isfile(path):
             raise StorageError(f"{path}: there is no record of a job.")
         if create:
@@ -71,6 +71,22 @@ class Ledger:
             except _FAILURES as error:
                 raise self._failed(error) from error
         return {name: self._checked(name, value, checksum) for name, value, checksum in rows}
+
+    @contextmanager
+    def reading(self) -> Iterator[None]:
+        """What is read meanwhile is of one moment, whoever commits."""
+        with self._lock:
+            if self._connection.in_transaction:
+                yield
+                return
+            try:
+                self._connection.execute("BEGIN")
+            except _FAILURES as error:
+                raise self._failed(error) from error
+            try:
+                yield
+            finally:
+                self._connection.rollback()
 
     def get(self, name: str) -> Any:
         """One fact, or None."""

@@ -10,13 +10,12 @@ from ..engine.statefile import StateFile
 from ..engine.states import StateBlock
 from ..planner import Group, Plan
 from ..ranges import Range
-from .job import JobFact
 from .ledger import Ledger
 from .record import read_lane
 from .states import open_lane_states
 
 
-def merge_lanes(plan: Plan, ledger: Ledger, fact: JobFact, results: OutputResults) -> None:
+def merge_lanes(plan: Plan, ledger: Ledger, directory: str, key: str, results: OutputResults) -> None:
     """Hand every row to ``results``: the states of its lanes, merged in the order of the lanes.
 
     It reads two states at a time, and may be done again: the same states give the same rows.
@@ -26,7 +25,7 @@ def merge_lanes(plan: Plan, ledger: Ledger, fact: JobFact, results: OutputResult
     with ExitStack() as stack:
         lanes = []
         for lane in range(plan.lanes):
-            states = stack.enter_context(closing(open_lane_states(fact.states, fact.mark, plan, lane)))
+            states = stack.enter_context(closing(open_lane_states(directory, key, plan, lane)))
             states.restore(read_lane(ledger, lane).versions)
             lanes.append(states)
         for group in plan.groups:

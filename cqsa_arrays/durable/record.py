@@ -66,13 +66,14 @@ class LaneRecord:
 
 def read_lane(ledger: Ledger, lane: int) -> LaneRecord:
     """The lane as it was committed last; StorageError where the ledger cannot be right."""
-    fact = ledger.get(f"lane/{lane}")
+    with ledger.reading():
+        fact, states = ledger.get(f"lane/{lane}"), ledger.facts(f"states/{lane}/")
     if fact is None:
         return LaneRecord()
     try:
         versions = {}
         for group in fact["groups"]:
-            for start, slot, size_bytes, rows, checksum in ledger.facts(f"states/{lane}/")[f"states/{lane}/{group}"]:
+            for start, slot, size_bytes, rows, checksum in states[f"states/{lane}/{group}"]:
                 versions[int(group), int(start)] = Version(int(slot), int(size_bytes), int(rows), int(checksum))
         moments = tuple(Moment(float(at), int(pairs), float(s)) for at, pairs, s in fact["moments"])
         return LaneRecord(Position(*map(int, fact["position"])), moments, versions, int(fact["finished"]))

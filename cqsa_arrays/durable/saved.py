@@ -56,21 +56,21 @@ class SavedLane:
 
 def read_saved(out: str, plan_of: Callable[[JobFact], Plan], stack: ExitStack) -> list[SavedLane]:
     """The lanes of the unfinished job of ``out``; ``plan_of(fact)`` gives its plan. ``stack`` closes the files."""
-    with closing(Ledger(JobFolder(out).ledger)) as ledger:
+    folder = JobFolder(out)
+    with closing(Ledger(folder.ledger)) as ledger:
         fact = read_fact(ledger)
         plan = plan_of(fact)
-        return [_saved(ledger, fact, plan, lane, stack) for lane in range(fact.lanes)]
+        return [_saved(ledger, folder, fact, plan, lane, stack) for lane in range(fact.lanes)]
 
 
-def _saved(ledger: Ledger, fact: JobFact, plan: Plan, lane: int, stack: ExitStack) -> SavedLane:
-    record = read_lane(ledger, lane)
-    states = stack.enter_context(closing(open_lane_states(fact.states, fact.mark, plan, lane)))
+def _saved(ledger: Ledger, folder: JobFolder, fact: JobFact, plan: Plan, lane: int, stack: ExitStack) -> SavedLane:
+    with ledger.reading():
+        record = read_lane(ledger, lane)
+        finished = read_rows(ledger, lane, record.finished)
+    states = stack.enter_context(closing(open_lane_states(fact.directory(folder), fact.key, plan, lane)))
     states.restore(record.versions)
     everything = (Range(0, plan.problem.key_tokens),)
-    written = [
-        Place(plan.groups[group], rows, rows, everything, finished=True)
-        for group, rows, _ in read_rows(ledger, lane, record.finished)
-    ]
+    written = [Place(plan.groups[group], rows, rows, everything, finished=True) for group, rows, _ in finished]
     return SavedLane(lane, plan, (*written, *_unfinished(plan, record, lane)), states)
 
 

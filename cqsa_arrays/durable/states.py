@@ -13,33 +13,41 @@ from ..storage import RawFile, reserve
 from ..units import format_bytes
 
 
-def states_path(directory: str, mark: str, lane: int) -> str:
+def states_path(directory: str, key: str, lane: int) -> str:
     """Where the states of a lane are kept."""
-    return os.path.join(directory, f"{mark}-states-{lane}")
+    return os.path.join(directory, f"{key}-states-{lane}")
 
 
-def reserve_states(directory: str, mark: str, plan: Plan) -> None:
+def lane_lock(directory: str, key: str, lane: int) -> str:
+    """The file whose lock whoever computes a lane holds: beside its states, which a copied job folder may share."""
+    return f"{states_path(directory, key, lane)}.lock"
+
+
+def reserve_states(directory: str, key: str, plan: Plan) -> None:
     """Make the files of all lanes with all of their disk blocks. Raises StorageError where there is no room."""
+    from ..storage.create import sync_directory  # h5py comes with it
+
     size_bytes = _over(RawFile.of_descriptor(-1, ""), plan).size_bytes
     try:
         for lane in range(plan.lanes):
-            descriptor = os.open(states_path(directory, mark, lane), os.O_RDWR | os.O_CREAT, 0o600)
+            descriptor = os.open(states_path(directory, key, lane), os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600)
             try:
                 reserve(descriptor, 0, size_bytes)
                 os.fsync(descriptor)
             finally:
                 os.close(descriptor)
+        sync_directory(states_path(directory, key, 0))
     except OSError as error:
-        remove_states(directory, mark, plan.lanes)
+        remove_states(directory, key, plan.lanes)
         raise StorageError(
             f"scratch: cannot reserve {format_bytes(plan.lanes * size_bytes)} for states in {directory}:"
             f" {error.strerror}. Name a directory with that much room (--scratch, Options(scratch=...))."
         ) from error
 
 
-def open_lane_states(directory: str, mark: str, plan: Plan, lane: int) -> StateFile:
+def open_lane_states(directory: str, key: str, plan: Plan, lane: int) -> StateFile:
     """The states of a lane. Raises StorageError where the file is gone or cut short."""
-    path = states_path(directory, mark, lane)
+    path = states_path(directory, key, lane)
     made = _over(RawFile(path, "states", write=True), plan)
     if os.path.getsize(path) < made.size_bytes:
         made.close()
@@ -50,11 +58,12 @@ def open_lane_states(directory: str, mark: str, plan: Plan, lane: int) -> StateF
     return made
 
 
-def remove_states(directory: str, mark: str, lanes: int) -> None:
+def remove_states(directory: str, key: str, lanes: int) -> None:
     """Remove the files of all lanes."""
     for lane in range(lanes):
-        with suppress(FileNotFoundError):
-            os.remove(states_path(directory, mark, lane))
+        for path in (states_path(directory, key, lane), lane_lock(directory, key, lane)):
+            with suppress(FileNotFoundError):
+                os.remove(path)
 
 
 def _over(file: RawFile, plan: Plan) -> StateFile:

@@ -10,9 +10,11 @@ from dataclasses import asdict, dataclass
 from ..errors import ArgumentError
 from ..units import format_seconds
 from .folder import JobFolder
-from .job import read_fact
+from .job import JobFact, read_fact
 from .ledger import Ledger
+from .lock import Lock
 from .record import Moment, read_lane, runner
+from .states import lane_lock
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,7 +85,7 @@ def status(out: str) -> JobStatus:
         records = [read_lane(ledger, lane) for lane in range(fact.lanes)]
         lanes = tuple(
             LaneStatus(
-                lane, record.pairs, record.computed_s, _who_runs(folder, ledger, lane),
+                lane, record.pairs, record.computed_s, _who_runs(folder, fact, ledger, lane),
                 record.moments[-1].at if record.moments else None,
             )
             for lane, record in enumerate(records)
@@ -99,9 +101,9 @@ def status(out: str) -> JobStatus:
     return JobStatus(out, fact.pairs, done, fact.flops, rate, left, computed, fact.begun, fact.device, lanes)
 
 
-def _who_runs(folder: JobFolder, ledger: Ledger, lane: int) -> str | None:
+def _who_runs(folder: JobFolder, fact: JobFact, ledger: Ledger, lane: int) -> str | None:
     """Who holds the lock of a lane; None where nobody does."""
-    lock = folder.lock(f"lane-{lane}")
+    lock = Lock.take(lane_lock(fact.directory(folder), fact.key, lane))
     if lock is not None:
         lock.release()
         return None

@@ -49,6 +49,7 @@ class StateFile:
         self._restored: set[tuple[int, int]] = set()  # not read yet
         self._lock, self._settled = threading.Lock(), threading.Event()
         self._settled.set()
+        self._failure: BaseException | None = None
         self.moved_bytes = 0
 
     @property
@@ -92,6 +93,7 @@ class StateFile:
         take: Callable[[int, np.ndarray], None],
     ) -> None:
         """As ``read``, in pieces: each into ``room(offset, most)``, which may be less, and then given to ``take``."""
+        self._raise_failure()
         version = self._current(chunk)
         assert version is not None, "nothing was written"
         if version.size_bytes != size_bytes:
@@ -114,6 +116,7 @@ class StateFile:
         key = self._group, chunk.start
         if self._place(*key) in {self._place(*sealed) for sealed in self._sealed}:
             self._settled.wait()  # both slots are taken until the commit that is under way is made
+        self._raise_failure()
         slot, size_bytes = self._next_slot(key), 0
         for piece in pieces:
             self._file.write_from(piece, self._position(*key, slot) + size_bytes)
@@ -140,8 +143,17 @@ class StateFile:
             for key, v in versions.items()
         }
 
+    def failed(self, error: BaseException) -> None:
+        """The commit that is under way was not made, or nobody knows: no slot is written any more."""
+        self._failure = error
+        self._settled.set()
+
+    def _raise_failure(self) -> None:
+        if self._failure is not None:
+            raise self._failure
+
     def committed(self, versions: Versions) -> None:
-        """``versions`` are committed, or none where that failed."""
+        """``versions`` are committed."""
         with self._lock:
             self._committed = {**self._committed, **versions}
             self._slots.update({self._place(*key): version.slot for key, version in versions.items()})

@@ -9,8 +9,10 @@ import sqlite3
 import subprocess
 import time
 from collections.abc import Callable
+from glob import glob
 from pathlib import Path
 
+import h5py
 import numpy as np
 import pytest
 from durable_cases import (
@@ -28,6 +30,9 @@ from durable_cases import (
     wait,
 )
 
+import cqsa_arrays as cqsa
+from cqsa_arrays import Options, StorageError
+from cqsa_arrays.durable import checkpoint
 from cqsa_arrays.durable.ledger import Ledger
 
 CASE, TILES = CASES[0], CASES[2]
@@ -372,8 +377,6 @@ def test_an_unfinished_output_that_is_gone_or_another(begun, what) -> None:
 
 def test_a_job_is_not_written_over(begun) -> None:
     """By a call that is no job, and by ``make``."""
-    import cqsa_arrays as cqsa
-
     with pytest.raises(cqsa.ArgumentError, match=r"out\.h5, of which a job is unfinished"):
         cqsa.attention(*(f"qkv.h5:/{name}" for name in "qkv"), out="out.h5", device="cpu")
     refused("of which a job is unfinished", "make", "out.h5", "--tokens", "10")
@@ -388,7 +391,7 @@ def test_two_processes_on_one_lane(here) -> None:
     expected = unbroken(CASE)
 
     first = start(command(CASE), slow)
-    while not os.path.exists("out.h5.job/lane-0.lock"):
+    while not glob("out.h5.job/*-states-0.lock"):
         time.sleep(0.01)
     time.sleep(0.1)
     assert run(command(CASE)) == 3
@@ -405,3 +408,98 @@ def test_a_process_that_was_killed_leaves_no_lock(begun) -> None:
         kill_after(start(command(CASE)), 0.03)
     assert os.path.exists("out.h5") or run(command(CASE)) == 0, log()
     assert digest() == begun
+
+
+# ---- what a review found
+
+
+def test_two_jobs_of_one_name_in_one_scratch_directory(here) -> None:
+    """Their states are files of their own, whatever the outputs are called."""
+    make(CASE)
+    expected = unbroken(CASE)
+    os.mkdir("scratch")
+    for name in ("a", "b"):
+        os.mkdir(name)
+        os.chdir(name)
+        argv = ["../qkv.h5" if word == "qkv.h5" else word for word in command(CASE)]
+        assert run([*argv, "--scratch", "../scratch"], KilledAtCommit(5)) == -signal.SIGKILL
+        os.chdir("..")
+    assert len(glob("scratch/*-states-0")) == 2
+    for name in ("a", "b"):
+        os.chdir(name)
+        assert run(["resume", "out.h5", "--quiet"]) == 0, log()
+        os.chdir("..")
+    assert os.listdir("scratch") == []
+    assert _data("a/out.h5") == _data("b/out.h5")
+    assert run(command(CASE)) == 0
+    assert digest() == expected
+    assert _data("a/out.h5") == _data("out.h5")
+
+
+def _data(path: str) -> tuple[bytes, bytes]:
+    with h5py.File(path) as file:
+        return file["out"][...].tobytes(), file["lse"][...].tobytes()
+
+
+def test_a_copied_job_is_a_job_of_its_own(begun) -> None:
+    os.mkdir("copy")
+    shutil.copytree("out.h5.job", "copy/out.h5.job")
+    shutil.copy2("out.h5.part", "copy/out.h5.part")
+    os.chdir("copy")
+    assert run(["resume", "out.h5", "--quiet"]) == 0, log()
+    assert digest() == begun
+    os.chdir("..")
+    shutil.rmtree("copy")
+    goes_on(begun)
+
+
+def test_a_folder_of_somebody_else_is_left_alone(here) -> None:
+    make(CASE)
+    os.mkdir("out.h5.job")
+    Path("out.h5.job/notes.txt").write_text("mine")
+    refused("out.h5.job holds notes.txt, which is of no job")
+    refused("out.h5.job holds notes.txt, which is of no job", *command(CASE), "--restart")
+    Path("out.h5").write_text("an output")
+    refused("found out.h5, which exists")
+    assert Path("out.h5.job/notes.txt").read_text() == "mine"
+
+
+def test_a_restart_that_is_refused_drops_nothing(begun) -> None:
+    shutil.copytree("out.h5.job", "kept.job")
+    Path("out.h5").write_text("somebody else's")
+    refused("found out.h5, which exists", *command(CASE), "--restart")
+    assert sorted(os.listdir("out.h5.job")) == sorted(os.listdir("kept.job"))
+    shutil.rmtree("kept.job")
+    os.remove("out.h5")
+    goes_on(begun)
+
+
+def test_a_commit_that_nobody_knows_of_leaves_the_slots_alone(here) -> None:
+    """It is on the disk, and an error is reported: what it names must stay."""
+    make(CASE)
+    expected = unbroken(CASE)
+
+    def reported() -> None:
+        slow()
+        checkpoint.SHARE = 1e9  # as often as there is time
+        usual, calls = Ledger.commit, []
+
+        def commit(self, facts, drop=()):
+            usual(self, facts, drop)
+            calls.append(1)
+            if len(calls) == 4:
+                raise StorageError("the folder could not be synced")
+
+        Ledger.commit = commit
+
+    argv = [word if word != "0" else "0.001" for word in command(CASE)]
+    assert run(argv, reported) == 2
+    assert "could not be synced" in log()
+    goes_on(expected)
+
+
+def test_numbers_of_numpy(here) -> None:
+    x = np.ones((1, 300, 8), "f4")
+    options = Options(durable=True, lanes=np.int64(2), chunks=np.int64(3), checkpoint_s=np.float32(1))
+    cqsa.attention(x, x, x, out="out.h5", device="cpu", memory=np.int64(64 << 20), options=options)
+    assert os.listdir() == ["out.h5"]
