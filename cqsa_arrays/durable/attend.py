@@ -117,14 +117,18 @@ class _Released:
 def _run_lanes(opened: Opened, stop: Stop, progress: Progress) -> RunReport:
     """Run the lanes that nobody else runs, in turn, until there is none; what that took."""
     report, directory = RunReport(0.0, 0, 0, 0), opened.fact.directory(opened.folder)
+    tried: set[int] = set()
     while True:
         ran = False
         for number in opened.unfinished():
+            if number in tried:
+                continue
             # Somebody who only looks holds it for a moment.
             lock = Lock.take(lane_lock(directory, opened.fact.key, number), patience_s=1.0)
             if lock is None:
                 continue
             with closing(_Released(lock.release)):
+                tried.add(number)
                 if number in opened.unfinished():  # not done by another process meanwhile
                     opened.ledger.commit({f"runner/{number}": {"pid": os.getpid(), "host": os.uname().nodename}})
                     report, ran = report + _run_lane(opened, number, stop, progress), True

@@ -16,8 +16,6 @@ SETUP, FINISH = "setup", "finish"
 OWN = re.compile(
     r"ledger\.(sqlite|new)(-journal)?|(setup|finish)\.lock(-journal)?|[0-9a-f]+-states-\d+(\.lock(-journal)?)?"
 )
-    r"ledger\.(sqlite|new)(-journal)?|(setup|finish)\.lock(-journal)?|[0-9a-f]+-states-\d+(\.lock(-journal)?)?"
-)
 
 
 @dataclass(frozen=True, slots=True)
