@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+# What to do with a job that cannot go on.
+START_OVER = "Start the job over with --restart (Options(restart=True))."
+
 
 class CqsaError(Exception):
     """Base of every error that this package raises on purpose."""

@@ -20,7 +20,7 @@ from .ranges import Range
 from .reference import reference_rows
 from .resumable import plan_of, resumed
 from .storage import PART_SUFFIX, TokenSource, dataset_in
-from .verification import judged_dtype
+from .verification import judged_dtype, rows_of
 
 # Of each lane so many places are looked at.
 PLACES = 4
@@ -118,7 +118,7 @@ def _check(path: str, job: Job, saved: SavedLane, place: Place, rows: np.ndarray
             for name in ("out", "lse")
         )
         got, got_lse = (
-            _rows(_Part(source, place.group, [Range(0, problem.query_tokens)]), rows) for source in (out, lse)
+            rows_of(_Part(source, place.group, [Range(0, problem.query_tokens)]), rows) for source in (out, lse)
         )
         return compare_rows(got, got_lse[..., 0], reference, judged_dtype(out.dtype, inputs.q.dtype))
 
@@ -143,15 +143,6 @@ class _Part:
 
 def _moved(part: Range, by: Range) -> Range:
     return Range(part.start + by.start, part.stop + by.start)
-
-
-def _rows(part: _Part, rows: np.ndarray) -> np.ndarray:
-    """(batch, heads, R, dim) in float64."""
-    batch, heads, _, dim = part.shape
-    found = np.empty((batch, heads, len(rows), dim))
-    for i, row in enumerate(rows.tolist()):
-        part.read(Range(0, batch), Range(0, heads), Range(row, row + 1), found[:, :, i : i + 1])
-    return found
 
 
 @dataclass(frozen=True, slots=True)

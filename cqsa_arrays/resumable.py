@@ -22,6 +22,9 @@ from .planner import Plan, mask_from_dict, mask_to_dict, take_over
 from .storage import dataset_in
 from .units import parse_seconds
 
+# Options that are those of the job, whoever resumes it; the scratch directory is, too, by its absolute path.
+KEPT = ("host_memory", "cover", "chunks", "threads", "lanes", "checkpoint_s")
+
 
 def attend(job: Job, stop: Stop | None = None) -> tuple[Any, RunReport]:
     """As ``job.attend``; a durable job keeps what is committed on any error; ``stop`` may end it by JobStopped."""
@@ -69,7 +72,6 @@ def _setup(job: Job) -> Setup:
 def _stored(job: Job) -> dict[str, object]:
     """The request as JSON, for ``resumed``: with files for inputs, and everything that was chosen for them."""
     request, problem, options = job.request, job.plan.problem, job.request.options
-    kept = ("host_memory", "cover", "chunks", "threads", "lanes", "checkpoint_s")
     sources = {name: getattr(job.inputs, name).identity for name in "qkv"}
     return {
         "sources": {
@@ -82,7 +84,7 @@ def _stored(job: Job) -> dict[str, object]:
         "memory": _plain(request.memory),
         "device": job.plan.device,
         "dtype": problem.result.dtype,
-        "options": {name: _plain(getattr(options, name)) for name in kept}
+        "options": {name: _plain(getattr(options, name)) for name in KEPT}
         | {"scratch": None if options.scratch is None else os.path.abspath(options.scratch)},
     }
 
@@ -105,8 +107,7 @@ def resumed(out: str, *, device: str | None, memory: int | str | None, options: 
         q, k, v = (dataset_in(*stored["sources"][n][:2], layout=stored["sources"][n][2], argument=n) for n in "qkv")
         chosen = replace(
             options, durable=True, overwrite=overwrite, restart=False,
-            **{name: stored["options"][name] for name in
-               ("host_memory", "scratch", "cover", "chunks", "threads", "lanes", "checkpoint_s")},
+            **{name: stored["options"][name] for name in (*KEPT, "scratch")},
         )  # fmt: skip
         return Request(
             q=q, k=k, v=v, mask=mask_from_dict(stored["mask"]), scale=stored["scale"],

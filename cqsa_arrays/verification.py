@@ -15,7 +15,7 @@ from .errors import ArgumentError, StorageError
 from .masks import Mask
 from .planner import mask_from_dict
 from .ranges import Range
-from .reference import reference_rows, sample_rows
+from .reference import TokenBlocks, reference_rows, sample_rows
 from .storage import DiskArray, TokenSource, dataset_in, describe
 
 
@@ -122,7 +122,11 @@ def _input(stored: dict[str, object], name: str, output: str) -> DiskArray:
 
 def read_rows(array: DiskArray, rows: np.ndarray, stack: ExitStack) -> np.ndarray:
     """The chosen tokens of all batches and heads, (B, H, R, dim), in float64."""
-    source = stack.enter_context(closing(array.source()))
+    return rows_of(stack.enter_context(closing(array.source())), rows)
+
+
+def rows_of(source: TokenBlocks, rows: np.ndarray) -> np.ndarray:
+    """The same of blocks wherever they are kept."""
     batch, heads, _, dim = source.shape
     found = np.empty((batch, heads, len(rows), dim))
     for i, row in enumerate(rows.tolist()):

@@ -21,6 +21,7 @@ from .parser import build_parser
 from .process import keep_small, memory_was_refused, refusal
 from .reasons import INTERRUPTED_BY, TERMINATED_BY
 
+RUNS_JOBS = ("attend", "resume")
 FAILED, UNUSABLE, UNFINISHED, INTERRUPTED, UNREAD, TERMINATED = 1, 2, 3, 130, 141, 143
 
 
@@ -34,7 +35,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if signal.getsignal(number) is not signal.SIG_IGN:  # what nohup asks for stays ignored
             signal.signal(number, _terminate)
     try:
-        if arguments.command == "attend":
+        if arguments.command in RUNS_JOBS:
             keep_small()
         from . import commands
         from .trial import try_inputs
@@ -68,7 +69,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _go_on(arguments: argparse.Namespace) -> str:
     """How to go on with what a command that runs jobs has left, if it has left something."""
     out = getattr(arguments, "out", None)
-    if arguments.command not in ("attend", "resume") or out is None:
+    if arguments.command not in RUNS_JOBS or out is None:
         return ""
     from ..durable import JobFolder  # heavy, as the commands are
 

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import logging
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass, replace
 
 from ..engine import OutputResults, Progress, RunReport, run
 from ..engine.schedule import Position, Schedule
-from ..errors import DeviceMemoryError, JobBusyError, StorageError
+from ..errors import START_OVER, DeviceMemoryError, JobBusyError, StorageError
 from ..planner import Plan, output_piece_rows
 from ..storage import OutputFile, check_target
 from .checkpoint import Lane, LaneCheckpoint
@@ -24,7 +23,6 @@ from .setup import Setup
 from .states import lane_lock, open_lane_states, remove_states
 from .stop import Stop
 
-logger = logging.getLogger("cqsa_arrays")
 PATIENCE_S = 60.0
 
 
@@ -38,6 +36,11 @@ class Opened:
     output: OutputFile
     fact: JobFact
     plan: Plan
+
+    @property
+    def directory(self) -> str:
+        """Where the states are."""
+        return self.fact.directory(self.folder)
 
     @property
     def end(self) -> Position:
@@ -102,21 +105,14 @@ def _opened(setup: Setup, folder: JobFolder) -> Iterator[Opened | None]:
         lock = folder.lock(SETUP, PATIENCE_S)
         if lock is None:
             raise JobBusyError(f"{setup.out}: another process is beginning this job")
-        with closing(_Released(lock.release)):
+        with lock:
             found = open_job(setup, folder, stack)
         yield None if found is None else Opened(setup, folder, *found)
 
 
-class _Released:
-    """Calls a function when it is closed."""
-
-    def __init__(self, release: Callable[[], None]) -> None:
-        self.close = release
-
-
 def _run_lanes(opened: Opened, stop: Stop, progress: Progress) -> RunReport:
     """Run the lanes that nobody else runs, in turn, until there is none; what that took."""
-    report, directory = RunReport(0.0, 0, 0, 0), opened.fact.directory(opened.folder)
+    report = RunReport(0.0, 0, 0, 0)
     tried: set[int] = set()
     while True:
         ran = False
@@ -124,10 +120,10 @@ def _run_lanes(opened: Opened, stop: Stop, progress: Progress) -> RunReport:
             if number in tried:
                 continue
             # Somebody who only looks holds it for a moment.
-            lock = Lock.take(lane_lock(directory, opened.fact.key, number), patience_s=1.0)
+            lock = Lock.take(lane_lock(opened.directory, opened.fact.key, number), patience_s=1.0)
             if lock is None:
                 continue
-            with closing(_Released(lock.release)):
+            with lock:
                 tried.add(number)
                 if number in opened.unfinished():  # not done by another process meanwhile
                     opened.ledger.commit({f"runner/{number}": {"pid": os.getpid(), "host": os.uname().nodename}})
@@ -140,9 +136,7 @@ def _run_lane(opened: Opened, number: int, stop: Stop, progress: Progress) -> Ru
     record, plan, setup = read_lane(opened.ledger, number), opened.plan, opened.setup
     _check_rows(opened, number, record.finished)
     with ExitStack() as stack:
-        states = stack.enter_context(
-            closing(open_lane_states(opened.fact.directory(opened.folder), opened.fact.key, plan, number))
-        )
+        states = stack.enter_context(closing(open_lane_states(opened.directory, opened.fact.key, plan, number)))
         states.restore(record.versions)
         lane = Lane(number, plan, opened.ledger, states, opened.output, setup.check_inputs)
         checkpoint = stack.enter_context(closing(LaneCheckpoint(lane, record, opened.end, stop)))
@@ -164,7 +158,7 @@ def _check_rows(opened: Opened, lane: int, expected: int) -> None:
         if opened.output.checksum(group.batch, group.heads, rows) != checksum:
             raise StorageError(
                 f"{opened.setup.out}.part: rows {rows.start} to {rows.stop - 1} are not what was committed: the file is"
-                " damaged. Start the job over with --restart (Options(restart=True))."
+                f" damaged. {START_OVER}"
             )
 
 
@@ -178,14 +172,13 @@ def _finish(opened: Opened) -> None:
         return  # another process has finished it, meanwhile
     if lock is None:
         raise JobBusyError(f"{opened.setup.out}: another process is finishing this job")
-    with closing(_Released(lock.release)):
+    with lock:
         if not opened.folder.exists:  # by another process, meanwhile
             return
         if opened.plan.lanes_meet:
             with closing(_results(opened.plan, opened.output)) as results:
-                directory = opened.fact.directory(opened.folder)
-                merge_lanes(opened.plan, opened.ledger, directory, opened.fact.key, results)
+                merge_lanes(opened.plan, opened.ledger, opened.directory, opened.fact.key, results)
         opened.setup.check_inputs()
         opened.output.finish()
-        remove_states(opened.fact.directory(opened.folder), opened.fact.key, opened.plan.lanes)
+        remove_states(opened.directory, opened.fact.key, opened.plan.lanes)
         opened.folder.remove()

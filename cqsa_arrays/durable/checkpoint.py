@@ -50,7 +50,7 @@ class LaneCheckpoint:
     """``Checkpoint`` of one lane: commits at its plan's interval, by a thread of its own, and stops where asked to.
 
     The computing thread only waits while states are handed to the system; they come to the disk, and are committed,
-    while it goes on. A context manager: leaving waits for the commit that is under way.
+    while it goes on. ``close`` waits for the commit that is under way.
     """
 
     def __init__(self, lane: Lane, record: LaneRecord, end: Position, stop: Stop) -> None:

@@ -10,7 +10,7 @@ from contextlib import ExitStack, closing, suppress
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from ..errors import ArgumentError, JobBusyError, StorageError
+from ..errors import START_OVER, ArgumentError, JobBusyError, StorageError
 from ..planner import Plan
 from ..storage import PART_SUFFIX, OutputFile, check_target, describe
 from ..version import __version__
@@ -23,7 +23,6 @@ from .states import lane_lock, remove_states, reserve_states
 logger = logging.getLogger("cqsa_arrays")
 # Of a candidate: what another machine must take over for the same cover, chunks and states.
 CHOICE = ("cover", "query_parts", "key_parts", "batches", "heads", "states", "tile_tokens")
-RESTART = "Start the job over with --restart (Options(restart=True))."
 
 
 @dataclass(frozen=True, slots=True)
@@ -150,27 +149,26 @@ def _check_same(setup: Setup, fact: JobFact) -> None:
     if fact.package != __version__:
         raise StorageError(
             f"{setup.out}: an unfinished job of cqsa_arrays {fact.package}; this is {__version__}, whose results may"
-            f" differ in the last bits. Go on with that version. {RESTART}"
+            f" differ in the last bits. Go on with that version. {START_OVER}"
         )
     asked = problem_facts(setup.plan.problem, setup.output.layout)
     for name, value in asked.items():
         if fact.problem.get(name) != value:
             found, expected = _shown(value), f"{_shown(fact.problem.get(name))}, as in the unfinished job"
-            raise ArgumentError(name, found, f"{expected} of {setup.out}", RESTART)
+            raise ArgumentError(name, found, f"{expected} of {setup.out}", START_OVER)
     for name, now in fingerprints(setup.inputs).items():
         stored = fact.inputs.get(name, {})
         changed = [key for key, value in now.items() if stored.get(key) != value]
         if changed:
             raise StorageError(
                 f"{name}: not the input that the unfinished job of {setup.out} was begun with"
-                f" (different: {', '.join(changed)}). Bring that back, or start the job over with --restart"
-                " (Options(restart=True))."
+                f" (different: {', '.join(changed)}). Bring that back. {START_OVER}"
             )
     if setup.plan.device != fact.device and not setup.moves:
-        remedy = f"To move it there: cqsa resume {setup.out} --device {setup.plan.device}. {RESTART}"
+        remedy = f"To move it there: cqsa resume {setup.out} --device {setup.plan.device}. {START_OVER}"
         raise ArgumentError("device", setup.plan.device, f"{fact.device}, as in the unfinished job", remedy)
     if setup.plan.lanes != fact.lanes and not setup.moves:
-        raise ArgumentError("lanes", setup.plan.lanes, f"{fact.lanes}, as in the unfinished job", RESTART)
+        raise ArgumentError("lanes", setup.plan.lanes, f"{fact.lanes}, as in the unfinished job", START_OVER)
 
 
 def _shown(value: object) -> str:

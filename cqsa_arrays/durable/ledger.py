@@ -11,7 +11,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from typing import Any, Self
 
-from ..errors import StorageError
+from ..errors import START_OVER, StorageError
 
 FORMAT = 1
 # For another process that commits, not for one that computes: commits take milliseconds.
@@ -55,7 +55,7 @@ class Ledger:
             self.close()
             raise StorageError(
                 f"{self.path}: a record of format {found}; this version reads {FORMAT}. Go on with the version that"
-                " began the job, or start it over with --restart (Options(restart=True))."
+                f" began the job. {START_OVER}"
             )
         broken = execute("PRAGMA quick_check(1)").fetchone()[0]
         if broken != "ok":
@@ -124,9 +124,7 @@ class Ledger:
 
     def damaged(self, what: str) -> StorageError:
         """The error of a record that cannot be right."""
-        return StorageError(
-            f"{self.path}: damaged: {what}. The job cannot go on; start it over with --restart (Options(restart=True))."
-        )
+        return StorageError(f"{self.path}: damaged: {what}. The job cannot go on. {START_OVER}")
 
     def _failed(self, error: Exception) -> StorageError:
         code = getattr(error, "sqlite_errorcode", None)

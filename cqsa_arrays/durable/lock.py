@@ -32,3 +32,9 @@ class Lock:
     def release(self) -> None:
         """Let others have it."""
         self._connection.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_error: object) -> None:
+        self.release()

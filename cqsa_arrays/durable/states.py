@@ -6,7 +6,7 @@ import os
 from contextlib import suppress
 
 from ..engine.statefile import StateFile
-from ..errors import StorageError
+from ..errors import START_OVER, StorageError
 from ..planner import Plan
 from ..planner.memory import state_row_bytes
 from ..storage import RawFile, reserve
@@ -51,10 +51,7 @@ def open_lane_states(directory: str, key: str, plan: Plan, lane: int) -> StateFi
     made = _over(RawFile(path, "states", write=True), plan)
     if os.path.getsize(path) < made.size_bytes:
         made.close()
-        raise StorageError(
-            f"{path} is shorter than what was reserved: the file is damaged. Start the job over with --restart"
-            " (Options(restart=True))."
-        )
+        raise StorageError(f"{path} is shorter than what was reserved: the file is damaged. {START_OVER}")
     return made
 
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from ..errors import StorageError
+from ..errors import START_OVER, StorageError
 from ..ranges import Range
 from ..storage import RawFile
 
@@ -189,5 +189,5 @@ class StateFile:
 def _damaged(label: str, chunk: Range) -> StorageError:
     return StorageError(
         f"{label}: the state of rows {chunk.start} to {chunk.stop - 1} is not what was committed: the file is damaged."
-        " Start the job over with --restart (Options(restart=True))."
+        f" {START_OVER}"
     )

@@ -16,7 +16,7 @@ import h5py
 import numpy as np
 from h5py import h5d, h5p, h5s, h5t
 
-from ..errors import StorageError
+from ..errors import START_OVER, StorageError
 from ..units import format_bytes
 from .dtypes import BFLOAT16
 from .reserve import reserve
@@ -98,11 +98,9 @@ def contiguous_offsets(path: str, datasets: list[NewDataset], marks: Mapping[str
         if os.path.getsize(path) < ends:
             raise StorageError(f"{path} is truncated.")
     except StorageError as error:
-        raise StorageError(f"{error} It is not the file of this job; start over with --restart.") from None
+        raise StorageError(f"{error} It is not the file of this job. {START_OVER}") from None
     except (OSError, RuntimeError, KeyError) as error:
-        raise StorageError(
-            f"{path}: the unfinished output cannot be read: {error}. Start over with --restart (Options(restart=True))."
-        ) from error
+        raise StorageError(f"{path}: the unfinished output cannot be read: {error}. {START_OVER}") from error
     return offsets
 
 
