@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import argparse
 import math
+from typing import TypeAlias
 
 from ..errors import ArgumentError
 from ..units import parse_seconds
 from ..version import __version__
+
+Commands: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -25,14 +28,7 @@ def build_parser() -> argparse.ArgumentParser:
     attend.add_argument("--restart", action="store_true", help="drop an unfinished job of this output, begin anew")
     _add_run(attend)
 
-    resume = commands.add_parser("resume", help="go on with an unfinished job where it was committed last")
-    resume.add_argument("path", metavar="OUT.h5", help="the output of the job")
-    resume.add_argument("--device", help="go on there: cpu, cuda, ... (default: where the job was begun)")
-    resume.add_argument("--memory", help="another budget (default: that of the job)")
-    _add_run(resume)
-
-    status = commands.add_parser("status", help="show how far an unfinished job is, running or not")
-    status.add_argument("path", metavar="OUT.h5", help="the output of the job")
+    resume, status = _add_resume(commands), _add_status(commands)
 
     plan = commands.add_parser("plan", help="show what attend would do, without reading any data")
     _add_problem(plan)
@@ -73,6 +69,21 @@ def build_parser() -> argparse.ArgumentParser:
     for command in (attend, resume, status, plan, verify, compare, make, info, demo):
         command.add_argument("--json", action="store_true", help="print JSON instead of text")
     return parser
+
+
+def _add_resume(commands: Commands) -> argparse.ArgumentParser:
+    resume = commands.add_parser("resume", help="go on with an unfinished job where it was committed last")
+    resume.add_argument("path", metavar="OUT.h5", help="the output of the job")
+    resume.add_argument("--device", help="go on there: cpu, cuda, ... (default: where the job was begun)")
+    resume.add_argument("--memory", help="another budget (default: that of the job)")
+    _add_run(resume)
+    return resume
+
+
+def _add_status(commands: Commands) -> argparse.ArgumentParser:
+    status = commands.add_parser("status", help="show how far an unfinished job is, running or not")
+    status.add_argument("path", metavar="OUT.h5", help="the output of the job")
+    return status
 
 
 def _add_problem(parser: argparse.ArgumentParser) -> None:
