@@ -55,6 +55,14 @@ def test_lanes_share_the_work_and_any_place_of_it_is_a_beginning(cover, lanes, p
     )
 
 
+@pytest.mark.parametrize("lanes", [1, 2, 3, 8])
+@pytest.mark.parametrize("cover", COVERS.values(), ids=COVERS)
+def test_lanes_have_equal_numbers_of_tasks(cover, lanes) -> None:
+    """Groups of a single task are shared as well."""
+    ends = [sum(w.ends_task is not None for w in Schedule(GROUPS, cover, None, lanes, i).works()) for i in range(lanes)]
+    assert max(ends) - min(ends) <= (1 if cover.task_count == 1 else len(GROUPS))
+
+
 def test_a_run_begins_at_the_beginning() -> None:
     assert Position() == BEGIN
     assert Schedule(GROUPS, COVERS["cqs"]).end == Position(3)
