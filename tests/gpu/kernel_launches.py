@@ -24,6 +24,8 @@ SPAN = 1 << 20
 FAMILIES = {
     "half": ("float16", False, False),
     "half, bfloat16": ("bfloat16", False, False),
+    "hopper": ("float16", False, False),
+    "hopper, bfloat16": ("bfloat16", False, False),
     "single": ("float32", False, False),
     "split": ("float32", True, False),
     "double": ("float64", False, False),
@@ -87,7 +89,9 @@ def kernel_of(family: str, dim: int, value_dim: int):
     made = kernels.CudaKernel(dtype, head_dim=dim, value_dim=value_dim, scale=1.0)
     capability = cupy.cuda.Device().compute_capability
     version = int(capability[:-1]), int(capability[-1])
-    variant = simple_variant(dtype) if simple else choose_variant(dtype, dim, value_dim, version, split=split)
+    variant = simple_variant(dtype) if simple else choose_variant(
+        dtype, dim, value_dim, version, split=split, whole_words="hopper" in family
+    )
     made.variant, made._function = variant, kernels.load(variant, cupy.cuda.Device().id)
     return made
 

@@ -203,12 +203,14 @@ def test_any_strides_and_any_borders(family, gap, order, dim):
     low, high = intervals(one, "random", 5)
     out, lse = launch(family, one, low=low, high=high, view=inside(gap, order))
     close(family, one, low, high, out, lse)
-    if dim == 64:  # the same arithmetic, however elements are fetched
+    # The same arithmetic, however elements are fetched; one kernel leaves what is not whole words to another.
+    if dim == 64 and ("hopper" not in family or gap % 8 == 0):
         assert np.array_equal(out, launch(family, one, low=low, high=high)[0])
 
 
-def test_one_head_of_keys_for_all_heads():
-    one = case("half", seed=13)
+@pytest.mark.parametrize("family", ["half", "hopper"])
+def test_one_head_of_keys_for_all_heads(family):
+    one = case(family, seed=13)
     one.k[:], one.v[:] = one.k[:, :1], one.v[:, :1]
 
     def view(array):
@@ -216,10 +218,10 @@ def test_one_head_of_keys_for_all_heads():
             cupy.asarray(array) if array.shape[2] == 200 else cupy.broadcast_to(cupy.asarray(array[:, :1]), array.shape)
         )
 
-    close("half", one, *everything(one), *launch("half", one, view=view))
+    close(family, one, *everything(one), *launch(family, one, view=view))
 
 
-@pytest.mark.parametrize("family", ["half", "single", "split", "double", "simple, float16"])
+@pytest.mark.parametrize("family", ["half", "hopper", "single", "split", "double", "simple, float16"])
 def test_offsets_beyond_2_to_the_31_elements(family):
     """Every array of the call is spread over one large piece of memory: the last token is 1.2 * 2^31 elements off."""
     rows, dim, itemsize = 96, 64, np.dtype(state_dtype(family)).itemsize

@@ -70,6 +70,16 @@ def test_the_largest_tile_is_taken_that_fits():
     assert {c for c, n in keys.items() if n == 32} == {(8, 6), (8, 9), (12, 0), (12, 1), (13, 0)}
 
 
+@pytest.mark.parametrize("capability", CAPABILITIES, ids=str)
+def test_groups_of_warps_multiply_whole_words_on_hopper_alone(capability):
+    def source_of(*dims, words=True, dtype="bfloat16"):
+        return choose_variant(dtype, *dims, capability, split=True, whole_words=words).source
+
+    hopper = "hopper.cu" if capability == (9, 0) else "half.cu"
+    assert source_of(64, 64) == source_of(8, 128, dtype="float16") == source_of(96, 24) == hopper
+    assert source_of(64, 64, words=False) == source_of(60, 64) == source_of(64, 1) == source_of(136, 64) == "half.cu"
+
+
 def test_an_older_device_is_refused():
     with pytest.raises(ArgumentError, match=r"compute capability 7\.5"):
         choose_variant("float16", 64, 64, (7, 5), split=False)
@@ -77,9 +87,10 @@ def test_an_older_device_is_refused():
 
 @pytest.mark.parametrize("family", FAMILIES.values(), ids=FAMILIES)
 def test_options_name_the_numbers_of_the_variant(family):
-    dtype = {"half.cu": "float16", "double.cu": "float64"}.get(family.source, "float32")
+    dtype = {"half.cu": "float16", "hopper.cu": "float16", "double.cu": "float64"}.get(family.source, "float32")
     dim = 180 if family.source == "split_wide.cu" else 80
-    variant = choose_variant(dtype, dim, 128, (9, 0), split=family.source.startswith("split"))
+    split, words = family.source.startswith("split"), family.source == "hopper.cu"
+    variant = choose_variant(dtype, dim, 128, (9, 0), split=split, whole_words=words)
     assert variant.source == family.source
     head = f"-DHEAD_DIM={96 if dim == 80 else 192}"
     assert {"-std=c++17", head, "-DVALUE_DIM=128", f"-DWARPS={variant.warps}"} <= set(variant.options)

@@ -28,40 +28,6 @@
 
 // Query fragments stay in registers where they are few, and are read again for every tile where they are not.
 constexpr bool QUERIES_STAY = HEAD_DIM <= 64;
-// Weights may grow to 2^GROWTH before their base follows the maximum; float16 holds them with room to spare.
-constexpr float GROWTH = 8;
-constexpr float LOWEST = -3.402823466e38f;
-
-// What a thread keeps of its rows: row i of ROWS is row  warp * 16 ROW_TILES + 16 (i / 2) + 8 (i % 2) + lane / 4.
-struct Rows {
-    float best[ROWS];  // this lane's largest plain score
-    float base[ROWS];  // what is subtracted from the row's scores, in powers of 2; LOWEST before any key was seen
-    float sum[ROWS];   // of this lane's weights
-    float acc[ROW_TILES][VALUE_TILES][4];
-
-    __device__ void clear() {
-#pragma unroll
-        for (int i = 0; i < ROWS; ++i) best[i] = negative_infinity(0.0f), base[i] = LOWEST, sum[i] = 0;
-#pragma unroll
-        for (int t = 0; t < ROW_TILES; ++t)
-            for (int n = 0; n < VALUE_TILES; ++n)
-                for (int e = 0; e < 4; ++e) acc[t][n][e] = 0;
-    }
-};
-
-struct Scores {
-    float at[ROW_TILES][SCORE_TILES][4];
-};
-
-// Weights of one tile, as A operands: 16 keys each.
-struct Weights {
-    uint32 at[BLOCK_KEYS / 16][ROW_TILES][4];
-};
-
-__device__ __forceinline__ int row_of(int thread, int i) {
-    return thread / 32 * 16 * ROW_TILES + i / 2 * 16 + i % 2 * 8 + thread % 32 / 4;
-}
-
 // The 16 x 16 query fragment of row tile t and columns 16 k ..
 __device__ __forceinline__ void load_queries(uint32 (&a)[4], uint32 queries, int t, int k) {
     load_matrices(a, queries + 2 * (t * 16 * KEY_PITCH + k * 16));
@@ -103,65 +69,6 @@ __device__ __forceinline__ void score_tile(Scores& scores, const Operands& opera
     }
 }
 
-__device__ __forceinline__ void best_of_scores(Rows& rows, const Scores& scores) {
-#pragma unroll
-    for (int n = 0; n < SCORE_TILES; ++n)
-#pragma unroll
-        for (int i = 0; i < ROWS; ++i)
-            rows.best[i] = fmaxf(rows.best[i], fmaxf(scores.at[i / 2][n][i % 2 * 2], scores.at[i / 2][n][i % 2 * 2 + 1]));
-}
-
-// Scores of keys that a row does not see become -inf; `first` is the token of the tile's first key.
-__device__ __forceinline__ void hide(Scores& scores, const Call& call, int64 block_row, int64 first, int count) {
-    int thread = thread_now();
-#pragma unroll
-    for (int i = 0; i < ROWS; ++i) {
-        Interval seen = visible_keys(call, least(block_row + row_of(thread, i), call.query_tokens - 1));
-        int low = int(most(0, least(seen.low - first, BLOCK_KEYS))), high = int(most(0, least(seen.high - first, count)));
-#pragma unroll
-        for (int n = 0; n < SCORE_TILES; ++n)
-            for (int e = 0; e < 2; ++e) {
-                int key = n * 8 + thread % 4 * 2 + e;
-                float& score = scores.at[i / 2][n][i % 2 * 2 + e];
-                score = key >= low && key < high ? score : negative_infinity(0.0f);
-            }
-    }
-}
-
-// The base of each row follows its maximum, over all lanes. Its product is rounded once, so that a base that stays gives 1.
-__device__ __forceinline__ void rebase(Rows& rows, float c) {
-#pragma unroll
-    for (int i = 0; i < ROWS; ++i) {
-        rows.best[i] = fmaxf(rows.best[i], __shfl_xor_sync(~0u, rows.best[i], 1));
-        rows.best[i] = fmaxf(rows.best[i], __shfl_xor_sync(~0u, rows.best[i], 2));
-        float base = fmaxf(__fmul_rn(rows.best[i], c), rows.base[i]);
-        float alpha = exp2_of(rows.base[i] - base);
-        rows.sum[i] *= alpha, rows.base[i] = base;
-#pragma unroll
-        for (int n = 0; n < VALUE_TILES; ++n)
-            for (int e = 0; e < 2; ++e) rows.acc[i / 2][n][i % 2 * 2 + e] *= alpha;
-    }
-}
-
-// One step of the online softmax: scores become weights; sums and accumulators go over to new maxima where these have
-// grown much.
-__device__ __forceinline__ void soften(Weights& weights, Scores& scores, Rows& rows, float c) {
-    best_of_scores(rows, scores);
-    bool grew = false;
-#pragma unroll
-    for (int i = 0; i < ROWS; ++i) grew |= __fmul_rn(rows.best[i], c) > rows.base[i] + GROWTH;
-    if (__builtin_expect(__any_sync(~0u, grew), 0)) rebase(rows, c);
-#pragma unroll
-    for (int n = 0; n < SCORE_TILES; ++n)
-#pragma unroll
-        for (int i = 0; i < ROWS; ++i) {
-            float *pair = &scores.at[i / 2][n][i % 2 * 2];
-            pair[0] = exp2_of(fmaf(pair[0], c, -rows.base[i])), pair[1] = exp2_of(fmaf(pair[1], c, -rows.base[i]));
-            rows.sum[i] += pair[0] + pair[1];
-            weights.at[n / 2][i / 2][n % 2 * 2 + i % 2] = packed(pair[0], pair[1]);
-        }
-}
-
 // O += P V with the value tile `tile` bytes behind the first: the weights of 16 keys are an A operand as they lie in the
 // registers. `beside(k)` is called between the products of 16 keys.
 template <typename Beside>
@@ -187,7 +94,8 @@ __device__ __forceinline__ void add_values(
 // block, 16 * WARPS rows of STAGE_PITCH floats.
 __device__ __forceinline__ void end_span(
     Rows& rows, const Call& call, const Place& block, SpanEnds ends, float c, float* stage) {
-    rebase(rows, c);
+    float alpha[ROWS];
+    rebase(rows, alpha, c), rescale(rows, alpha);
     int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
     float* staged = stage + warp * 16 * STAGE_PITCH;
 #pragma unroll
@@ -254,7 +162,8 @@ __device__ __forceinline__ bool attend_stretch(
             int64 first = call.pieces[here.piece].start + here.offset + (here.tiles - 1 - after) * BLOCK_KEYS;
             hide(scores, call, course.block.row, first, here.count);
         }
-        soften(weights, scores, rows, c);
+        soften(scores, rows, c, [&](const float(&alpha)[ROWS]) { rescale(rows, alpha); });
+        pack(weights, scores);
         if (after == 0) break;
         --after;
         enter(group);

@@ -2,15 +2,15 @@
 //
 // Sources: PTX ISA, "Matrix fragments for mma.m16n8k16", "ldmatrix" and "bar". Defines as in half.cu.
 #pragma once
+constexpr int THREADS = 32 * WARPS, ROW_TILES = BLOCK_ROWS / (16 * WARPS);
+
 #include "copy.cuh"
 #include "finish.cuh"
-#include "fragment.cuh"
 #include "simple.cuh"
+#include "softmax.cuh"
 
-constexpr int THREADS = 32 * WARPS, ROW_TILES = BLOCK_ROWS / (16 * WARPS), ROWS = 2 * ROW_TILES;
 constexpr int KEY_PITCH = HEAD_DIM + 8, VALUE_PITCH = VALUE_DIM + 8;
 constexpr int STAGE_PITCH = VALUE_DIM + 4;  // floats
-constexpr int SCORE_TILES = BLOCK_KEYS / 8, VALUE_TILES = VALUE_DIM / 8;
 // Warps that multiply at the same time; two groups of them take turns. The first one copies.
 constexpr int GROUPS = WARPS / 4, GROUP_THREADS = THREADS / GROUPS;
 
@@ -36,24 +36,6 @@ __device__ __forceinline__ void multiply(float (&sum)[4], const uint32 (&a)[4], 
             : "+f"(sum[0]), "+f"(sum[1]), "+f"(sum[2]), "+f"(sum[3])
             : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
     }
-}
-
-// Two numbers in one register, the first in the low half.
-__device__ __forceinline__ uint32 packed(float low, float high) {
-    uint32 both;
-    if (ELEMENT == FLOAT16) {
-        asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(both) : "f"(high), "f"(low));
-    } else {
-        asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(both) : "f"(high), "f"(low));
-    }
-    return both;
-}
-
-// threadIdx.x where it may not be worked out before the loop: what only rare tiles need would take registers.
-__device__ __forceinline__ int thread_now() {
-    int thread;
-    asm volatile("mov.u32 %0, %%tid.x;" : "=r"(thread));
-    return thread;
 }
 
 // This thread's part in copying whole tiles of rows of WIDTH columns.
@@ -189,10 +171,11 @@ struct Course {
 
 // Whether the value tile holds an infinity or NaN; a barrier.
 __device__ bool irregular(const uint16* values) {
-    constexpr uint16 EXPONENT = ELEMENT == FLOAT16 ? 0x7c00 : 0x7f80;
     bool found = false;
 #pragma unroll 1
-    for (int i = thread_now(); i < BLOCK_KEYS * VALUE_DIM; i += THREADS)
-        found |= (values[i / VALUE_DIM * VALUE_PITCH + i % VALUE_DIM] & EXPONENT) == EXPONENT;
+    for (int i = thread_now(); i < BLOCK_KEYS * VALUE_DIM / 2; i += THREADS) {
+        int row = i / (VALUE_DIM / 2), pair = i % (VALUE_DIM / 2);
+        found |= irregular_pair(reinterpret_cast<const uint32*>(values + row * VALUE_PITCH)[pair]);
+    }
     return __syncthreads_or(found);
 }

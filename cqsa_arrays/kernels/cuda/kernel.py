@@ -22,6 +22,7 @@ from ...masks import UNBOUNDED_DIAGONAL
 from ...ranges import Range
 from ..base import KeyBlock
 from .call import MAX_PIECES, PIECE_TOKENS, Finish, RowMask, pack_call
+from .cubin import compiled
 from .source import flattened
 from .variants import Variant, variant_for
 
@@ -37,15 +38,19 @@ _ALL_KEYS = 1 << 29
 def load(variant: Variant, device_index: int) -> Any:
     """The compiled kernel on the current device, which has that number.
 
-    CuPy keeps what was compiled on disk, by source, options and device; what is loaded stays loaded: to read the
-    sources and load the code takes longer than a small problem.
+    What was compiled is kept on disk, by source, options and device; what is loaded stays loaded: to read the sources
+    and load the code takes longer than a small problem.
     """
     text = "compiling %s for %s (once; later runs load it from disk)"
     note = threading.Timer(_PATIENCE_S, logger.info, [text, variant.source, variant.element])
     note.daemon = True
     note.start()
     try:
-        module = cupy.RawModule(code=flattened(variant.source), options=variant.options)
+        if variant.architecture is None:
+            module = cupy.RawModule(code=flattened(variant.source), options=variant.options)
+        else:
+            options = (*variant.options, "-ftz=true", f"-arch={variant.architecture}")  # the first as CuPy does
+            module = cupy.RawModule(path=str(compiled(flattened(variant.source), options)))
         function = module.get_function("attend")
         function.max_dynamic_shared_size_bytes = variant.shared_bytes
     finally:
@@ -71,6 +76,8 @@ class CudaKernel:
         capability = int(device.compute_capability[:-1]), int(device.compute_capability[-1])
         self.variant = variant_for(dtype, head_dim, value_dim, capability, scale)
         self._function = load(self.variant, device.id)
+        self._for_any_words = variant_for(dtype, head_dim, value_dim, capability, scale, whole_words=False)
+        self._device = device.id
         self._launches: deque[_Launch] = deque()
 
     def accumulate(
@@ -126,10 +133,12 @@ class CudaKernel:
         """Nothing to release: the compiled kernel belongs to CuPy."""
 
     def _launch(self, call: np.ndarray) -> None:
-        entry = call[0]
-        row_blocks = -(-int(entry["query_tokens"]) // self.variant.block_rows)
+        entry, variant, function = call[0], self.variant, self._function
+        if variant.whole_words and not entry["aligned"]:
+            variant, function = self._for_any_words, load(self._for_any_words, self._device)
+        row_blocks = -(-int(entry["query_tokens"]) // variant.block_rows)
         grid = row_blocks * int(entry["heads"]) * int(entry["batches"])
-        self._function((grid,), (self.variant.threads,), (call,), shared_mem=self.variant.shared_bytes)
+        function((grid,), (variant.threads,), (call,), shared_mem=variant.shared_bytes)
 
     def _tell(self, ahead: int) -> None:
         """Report the launches that are done; wait until at most ``ahead`` are under way."""

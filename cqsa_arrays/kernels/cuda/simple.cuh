@@ -68,7 +68,8 @@ __device__ void simple_keys(
 // Rows block.row .. block.row + ROWS - 1 from `walk` on to the end of the keys, span by span, by THREADS threads.
 // `first`: whether the state is empty where the walk begins, which is where a span begins.
 template <int KIND, typename REAL, int ROWS, int TILE, int THREADS>
-__device__ __noinline__ void simple_rows(const Call& call, Place block, const BlockView& view, Walk<TILE> walk, bool first) {
+__device__ __forceinline__ void simple_rows_here(
+    const Call& call, Place block, const BlockView& view, Walk<TILE> walk, bool first) {
     const REAL nothing = negative_infinity(REAL(0));
     int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
     for (int64 row = block.row + warp; row < least(block.row + ROWS, call.query_tokens); row += THREADS / 32) {
@@ -98,4 +99,10 @@ __device__ __noinline__ void simple_rows(const Call& call, Place block, const Bl
             ends.first = false;
         } while (at.more(call));
     }
+}
+
+// The same as a function of its own, which takes no registers from the loop that calls it.
+template <int KIND, typename REAL, int ROWS, int TILE, int THREADS>
+__device__ __noinline__ void simple_rows(const Call& call, Place block, const BlockView& view, Walk<TILE> walk, bool first) {
+    simple_rows_here<KIND, REAL, ROWS, TILE, THREADS>(call, block, view, walk, first);
 }

@@ -16,6 +16,7 @@ from .call import ELEMENT_KINDS
 PADDED = (32, 64, 96, 128, 192, 256)
 SIMPLE = "simple.cu"
 OLDEST = (8, 0)
+HOPPER = (9, 0)
 # What one block may take, by compute capability; 99 KiB are there on every other one as well.
 _SHARED_KIB = {(8, 0): 163, (8, 7): 163, (9, 0): 227, (10, 0): 227, (10, 3): 227, (11, 0): 227}
 _LEAST_SHARED_KIB = 99
@@ -30,6 +31,7 @@ _STATIC_BYTES = 80
 
 _METHODS = {
     "half.cu": "products on tensor cores",
+    "hopper.cu": "products on tensor cores by groups of warps",
     "split.cu": "products on tensor cores by pairs of float16",
     "split_wide.cu": "products on tensor cores by pairs of TF32",
     "single.cu": "plain arithmetic",
@@ -51,6 +53,7 @@ class Variant:
     warps: int
     shared_bytes: int
     blocks: int = 0
+    stages: int = 0
 
     def __str__(self) -> str:
         """For plans."""
@@ -67,6 +70,16 @@ class Variant:
         return SPAN_KEYS.get(self.source, 1024 if self.element == "float32" else 32768)
 
     @property
+    def architecture(self) -> str | None:
+        """What it is compiled for where the device's own architecture does not do: instructions of one generation."""
+        return "sm_90a" if self.source == "hopper.cu" else None
+
+    @property
+    def whole_words(self) -> bool:
+        """Whether it takes only vectors of whole 16-byte words on their borders."""
+        return self.source == "hopper.cu"
+
+    @property
     def threads(self) -> int:
         return 32 * self.warps
 
@@ -81,6 +94,7 @@ class Variant:
             defines |= {"BLOCK_ROWS": self.block_rows, "BLOCK_KEYS": self.block_keys}
             defines |= {"WARPS": self.warps, "SHARED_BYTES": self.shared_bytes}
             defines |= {"BLOCKS": self.blocks} if self.blocks else {}
+            defines |= {"STAGES": self.stages} if self.stages else {}
         return ("-std=c++17", *(f"-D{name}={value}" for name, value in defines.items()))
 
 
@@ -88,14 +102,15 @@ class Variant:
 class Tile:
     """What a block of ``warps`` warps works on at once: ``rows`` query rows, ``keys`` keys.
 
-    ``blocks`` of them are to fit the registers of a multiprocessor; 0 where the kernel itself knows how many. On
-    devices of the major versions ``not_on`` the compiler runs out of registers.
+    ``blocks`` of them are to fit the registers of a multiprocessor; 0 where the kernel itself knows how many.
+    ``stages``: tiles of keys on their way through shared memory; 0 where the kernel itself knows how many. On devices of the major versions ``not_on`` the compiler runs out of registers.
     """
 
     rows: int
     keys: int
     warps: int
     blocks: int = 0
+    stages: int = 0
     not_on: tuple[int, ...] = ()
 
 
@@ -112,6 +127,12 @@ def _half_bytes(tile: Tile, head_dim: int, value_dim: int) -> int:
     """Queries, two tiles of keys, three of values; rows are 16 bytes longer than the vectors."""
     key, value = 2 * head_dim + 16, 2 * value_dim + 16
     return (tile.rows + 2 * tile.keys) * key + 3 * tile.keys * value
+
+
+def _hopper_bytes(tile: Tile, head_dim: int, value_dim: int) -> int:
+    """Queries, a ring of key and value tiles, what the ring's barriers take."""
+    head, value = (-(-dim // 64) * 64 for dim in (head_dim, value_dim))
+    return 2 * (tile.rows * head + tile.stages * tile.keys * (head + value)) + 48 * tile.stages + 40
 
 
 def _single_bytes(tile: Tile, head_dim: int, value_dim: int) -> int:
@@ -155,6 +176,14 @@ FAMILIES = {
             256: (Tile(64, 48, 4, blocks=1), Tile(64, 32, 4, blocks=1)),
         },
     ),
+    "hopper": Family(
+        "hopper.cu",
+        _hopper_bytes,
+        {
+            64: (Tile(192, 128, 16, stages=5),),
+            128: (Tile(128, 128, 12, stages=3),),
+        },
+    ),
     "single": Family(
         "single.cu",
         _single_bytes,
@@ -194,26 +223,35 @@ FAMILIES = {
 }
 
 
-def variant_for(dtype: str, head_dim: int, value_dim: int, capability: tuple[int, int], scale: float) -> Variant:
-    """The kernel that computes a problem; scores that are not scaled by a positive number are left to the plain one."""
+def variant_for(
+    dtype: str, head_dim: int, value_dim: int, capability: tuple[int, int], scale: float, *, whole_words: bool = True
+) -> Variant:
+    """The kernel that computes a problem; scores that are not scaled by a positive number are left to the plain one.
+
+    ``whole_words``: every vector is whole 16-byte words on their borders, which only some launches find out.
+    """
     if scale > 0:
-        return choose_variant(dtype, head_dim, value_dim, capability, split=True)
+        return choose_variant(dtype, head_dim, value_dim, capability, split=True, whole_words=whole_words)
     return simple_variant(dtype)
 
 
-def choose_variant(dtype: str, head_dim: int, value_dim: int, capability: tuple[int, int], *, split: bool) -> Variant:
+def choose_variant(
+    dtype: str, head_dim: int, value_dim: int, capability: tuple[int, int], *, split: bool, whole_words: bool = False
+) -> Variant:
     """The kernel for elements of type ``dtype`` on a device of compute capability ``capability``.
 
     ``split``: products of float32 elements are made on tensor cores, from parts; else by plain float32 arithmetic.
+    ``whole_words``: see ``variant_for``.
 
     >>> choose_variant("float16", 80, 128, (9, 0), split=False)  # doctest: +NORMALIZE_WHITESPACE
     Variant(source='half.cu', element='float16', head_dim=96, value_dim=128, block_rows=256, block_keys=64, warps=8,
-            shared_bytes=132096, blocks=1)
+            shared_bytes=132096, blocks=1, stages=0)
     """
     if capability < OLDEST:
         asked = ".".join(map(str, capability))
         raise ArgumentError("device", f"compute capability {asked}", "8.0 or newer", "Compute on the CPU instead.")
-    family = FAMILIES.get(_family(dtype, split, max(head_dim, value_dim)))
+    groups = whole_words and capability == HOPPER and head_dim % 8 == value_dim % 8 == 0
+    family = FAMILIES.get(_family(dtype, split, max(head_dim, value_dim), groups))
     if family is None or max(head_dim, value_dim) > PADDED[-1]:
         return simple_variant(dtype)
     # Finished rows pass through the memory of key and value tiles, which must not be much narrower than they are.
@@ -228,7 +266,7 @@ def choose_variant(dtype: str, head_dim: int, value_dim: int, capability: tuple[
     if found is None:
         return simple_variant(dtype)
     tile, used = found
-    return Variant(family.source, dtype, head, value, tile.rows, tile.keys, tile.warps, used, tile.blocks)
+    return Variant(family.source, dtype, head, value, tile.rows, tile.keys, tile.warps, used, tile.blocks, tile.stages)
 
 
 def _padded(dim: int) -> int:
@@ -249,9 +287,9 @@ def shared_limit_bytes(capability: tuple[int, int]) -> int:
     return 1024 * _SHARED_KIB.get(capability, _LEAST_SHARED_KIB)
 
 
-def _family(dtype: str, split: bool, dim: int) -> str:
+def _family(dtype: str, split: bool, dim: int, groups: bool) -> str:
     if dtype == "float64":
         return "double"
     if dtype == "float32":
         return "single" if not split else "split" if dim <= max(FAMILIES["split"].tiles) else "split_wide"
-    return "half"
+    return "hopper" if groups and dim <= max(FAMILIES["hopper"].tiles) else "half"

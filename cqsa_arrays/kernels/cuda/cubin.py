@@ -1,0 +1,45 @@
+"""Machine code for an architecture that CuPy does not ask NVRTC for, kept on disk beside what CuPy keeps.
+
+The instructions of ``sm_90a`` exist for compute capability 9.0 alone; CuPy compiles for ``sm_90``, which lacks them, and
+NVRTC before CUDA 13 takes one architecture only.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+from cupy.cuda import nvrtc
+
+from ...errors import DeviceError
+
+
+def compiled(text: str, options: Sequence[str]) -> Path:
+    """A file with the machine code of ``text``, compiled unless it is there from an earlier time.
+
+    It lies in ``CUPY_CACHE_DIR``, ``~/.cupy/kernel_cache`` if that is not set. Raises ``DeviceError`` with the compiler's log.
+    """
+    key = repr((text, tuple(options), nvrtc.getVersion()))
+    directory = Path(os.environ.get("CUPY_CACHE_DIR") or Path.home() / ".cupy" / "kernel_cache")
+    path = directory / f"cqsa_{hashlib.sha256(key.encode()).hexdigest()[:40]}.cubin"
+    if not path.exists():
+        code = _compile(text, options)
+        directory.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(dir=directory, delete=False) as file:
+            file.write(code)
+        os.replace(file.name, path)  # whole, whoever else compiles the same
+    return path
+
+
+def _compile(text: str, options: Sequence[str]) -> bytes:
+    program = nvrtc.createProgram(text, "attend.cu", (), ())
+    try:
+        nvrtc.compileProgram(program, tuple(options))
+        return bytes(nvrtc.getCUBIN(program))
+    except nvrtc.NVRTCError as error:
+        raise DeviceError(f"NVRTC {nvrtc.getVersion()}: {error}: {nvrtc.getProgramLog(program)}") from error
+    finally:
+        nvrtc.destroyProgram(program)

@@ -1,0 +1,208 @@
+// attend, float16 and bfloat16 on the warpgroup products of compute capability 9.0: wgmma, float32 accumulation.
+//
+// A block has GROUPS groups of four warps that compute, each with 64 rows for good, and one that copies tiles of BLOCK_KEYS
+// keys and their values into a ring of STAGES places. Barriers in shared memory say which places are full and empty.
+//
+//   copying     K0 V0 K1 V1 K2 V2 ...                      as places become empty
+//   group g     S0 | softmax 0 | S1 V0 | softmax 1 | ...   V0 runs beside softmax 1; groups issue products in turns
+//
+// Scores S = Q K^T and outputs O += P V are products of 64 rows whose weights P stay in registers. Vectors have to be whole
+// 16-byte words; half.cu takes others. The rows of the copying group's registers go to the groups that compute (setmaxnreg),
+// which the compiler does only where these call no function: all is inlined.
+//
+// Shared memory: queries and the ring, in atoms of 64 columns (wgmma.cuh), and the barriers:
+//   SHARED_BYTES = 2 * (BLOCK_ROWS H + STAGES BLOCK_KEYS (H + V)) + 48 STAGES + 40,  H and V rounded up to multiples of 64
+//
+// Sources: Shah et al., "FlashAttention-3", arXiv 2407.08608 (groups that copy and compute, turns, products beside the
+// softmax); PTX ISA on wgmma, mbarrier and setmaxnreg.
+// Defines: ELEMENT (FLOAT16 or BFLOAT16), HEAD_DIM, VALUE_DIM, BLOCK_ROWS, BLOCK_KEYS, WARPS, STAGES, SHARED_BYTES.
+#include "hopper.cuh"
+
+// Of a thread, together those of a multiprocessor.
+constexpr int COPYING_REGISTERS = GROUPS == 3 ? 32 : 40, COMPUTING_REGISTERS = GROUPS == 3 ? 160 : 232;
+constexpr uint32 KEY_TILE = sizeof(Shared::keys) / STAGES, VALUE_TILE = sizeof(Shared::values) / STAGES;
+
+__device__ __forceinline__ void issue_scores(Scores& scores, uint32 queries, uint32 keys) {
+#pragma unroll
+    for (int k = 0; k < HEAD_DIM / 16; ++k) {
+        uint32 inside = k % 4 * 32, atom = k / 4 * 128;
+        Product<BLOCK_KEYS>::of_shared(
+            scores.at[0][0], matrix_at(queries + atom * BLOCK_ROWS + inside, 0),
+            matrix_at(keys + atom * BLOCK_KEYS + inside, 0), k > 0);
+    }
+    products_issued();
+}
+
+__device__ __forceinline__ void issue_values(Rows& rows, const Weights& weights, uint32 values) {
+#pragma unroll
+    for (int k = 0; k < BLOCK_KEYS / 16; ++k)
+        Product<VALUE_DIM>::add_of_registers(
+            rows.acc[0][0], weights.at[k][0], matrix_at(values + k * 16 * 128, BLOCK_KEYS * 128));
+    products_issued();
+}
+
+// All groups that compute.
+__device__ __forceinline__ void meet() { asm volatile("bar.sync 1, %0;" ::"n"(COMPUTING) : "memory"); }
+
+// Group g issues products after group g - 1 and before group g + 1: barrier 2 + g is passed by those two.
+__device__ __forceinline__ void take_turn(int group) { asm volatile("bar.sync %0, 256;" ::"r"(group + 2) : "memory"); }
+__device__ __forceinline__ void pass_turn(int group) {
+    asm volatile("bar.arrive %0, 256;" ::"r"((group + 1) % GROUPS + 2) : "memory");
+}
+
+// Hide the scores of a tile that some rows do not see. An infinity or NaN among its values is noted: a weight of 0 does not
+// keep it from a row.
+__device__ __forceinline__ void hide_unseen(Scores& scores, const Call& call, Shared& shared, Ring at) {
+    barrier_wait(barrier_of(shared.value_full, at), at.parity);
+    auto pairs = reinterpret_cast<const uint32*>(shared.values[at.stage]);
+    bool found = false;
+#pragma unroll 1
+    for (int i = thread_now() % 128; i < int(VALUE_TILE) / 4; i += 128) found |= irregular_pair(pairs[i]);
+    if (found) shared.irregular = 1;
+    const Tile tile = shared.tiles[at.stage];
+    const Piece& piece = call.pieces[tile.piece];
+    hide(scores, call, shared.block.row, piece.start + tile.offset, int(least(piece.tokens - tile.offset, BLOCK_KEYS)));
+}
+
+// A warp leaves a place of the ring.
+__device__ __forceinline__ void leave(const unsigned long long (&empty)[STAGES], Ring at) {
+    if (threadIdx.x % 32 == 0) barrier_arrive(barrier_of(empty, at));
+}
+
+// The tiles of one span, the first of which is here. Returns the flags of the last one; the ring stands behind it.
+__device__ __forceinline__ int attend_span(
+    Rows& rows, const Call& call, Shared& shared, Ring& ring, int group, float c) {
+    const uint32 queries = shared_address(shared.queries[0][group * 64]);
+    const uint32 keys = shared_address(shared.keys), values = shared_address(shared.values);
+    Scores scores;
+    Weights weights;
+    take_turn(group);
+    products_begin();
+    issue_scores(scores, queries, keys + ring.stage * KEY_TILE);
+    pass_turn(group);
+    products_done<0>();
+    int flags = shared.tiles[ring.stage].flags;
+    if (flags & PARTIAL) hide_unseen(scores, call, shared, ring);
+    leave(shared.key_empty, ring);
+    soften(scores, rows, c, [](const float(&)[ROWS]) {});  // nothing is accumulated yet
+    pack(weights, scores);
+    while (!(flags & ENDS_SPAN)) {
+        const Ring next = ring.next();
+        barrier_wait(barrier_of(shared.key_full, next), next.parity);
+        flags = shared.tiles[next.stage].flags;
+        take_turn(group);
+        products_begin();
+        issue_scores(scores, queries, keys + next.stage * KEY_TILE);
+        barrier_wait(barrier_of(shared.value_full, ring), ring.parity);
+        issue_values(rows, weights, values + ring.stage * VALUE_TILE);
+        pass_turn(group);
+        products_done<1>();
+        if (flags & PARTIAL) hide_unseen(scores, call, shared, next);
+        leave(shared.key_empty, next);
+        bool grew = false;
+        float alpha[ROWS];
+        soften(scores, rows, c, [&](const float(&by)[ROWS]) {
+            grew = true;
+            for (int i = 0; i < ROWS; ++i) alpha[i] = by[i];
+        });
+        products_done<0>();
+        if (__builtin_expect(grew, 0)) rescale(rows, alpha);
+        leave(shared.value_empty, ring);
+        pack(weights, scores);
+        ring = next;
+    }
+    barrier_wait(barrier_of(shared.value_full, ring), ring.parity);
+    take_turn(group);
+    products_begin();
+    issue_values(rows, weights, values + ring.stage * VALUE_TILE);
+    pass_turn(group);
+    products_done<0>();
+    leave(shared.value_empty, ring);
+    ring = ring.next();
+    return flags;
+}
+
+// Merge the span into the state, or finish the rows: every quad of lanes its two rows, 32 bytes of float32 at once.
+__device__ __forceinline__ void end_span(Rows& rows, const Call& call, const Place& block, SpanEnds ends, float c) {
+    float alpha[ROWS];
+    rebase(rows, alpha, c), rescale(rows, alpha);
+    int lane = threadIdx.x % 32;
+#pragma unroll
+    for (int i = 0; i < ROWS; ++i) {
+        rows.sum[i] += __shfl_xor_sync(~0u, rows.sum[i], 1);
+        rows.sum[i] += __shfl_xor_sync(~0u, rows.sum[i], 2);
+        int64 row = block.row + row_of(threadIdx.x, i);
+        bool exists = row < call.query_tokens;
+        double base = rows.base[i] == LOWEST ? negative_infinity(0.0) : double(rows.base[i]) * LN2;
+        RowEnd<float> end = end_of_span<float>(call, block, row, base, rows.sum[i], ends, exists, exists && lane % 4 == 0);
+        if (!exists) continue;
+#pragma unroll
+        for (int n = 0; n < VALUE_TILES; ++n)
+            for (int e = 0; e < 2; ++e) {
+                int column = n * 8 + lane % 4 * 2 + e;
+                if (column < call.value_dim)
+                    end_element<float>(call, block, row, column, end, ends.last, rows.acc[0][n][i % 2 * 2 + e]);
+            }
+    }
+}
+
+// The rows of the computing groups, span by span.
+__device__ __forceinline__ void attend_rows(const Call& call, const BlockView& view, Shared& shared) {
+    const int group = __shfl_sync(~0u, threadIdx.x / 128, 0);
+    const float c = float(call.scale * LOG2E);
+    Ring ring = {0, 0};
+    if (group == GROUPS - 1) pass_turn(group);
+    while (true) {
+        Rows rows;
+        rows.clear();
+        barrier_wait(barrier_of(shared.key_full, ring), ring.parity);
+        if (threadIdx.x == 0)
+            shared.span_piece = shared.tiles[ring.stage].piece, shared.span_offset = shared.tiles[ring.stage].offset;
+        bool last = attend_span(rows, call, shared, ring, group, c) & LAST;
+        meet();
+        bool irregular = shared.irregular, fresh = shared.fresh;
+        int piece = shared.span_piece, offset = shared.span_offset;
+        meet();
+        if (threadIdx.x == 0) shared.fresh = 0;
+        if (irregular) {
+            *const_cast<volatile int*>(&shared.stop) = 1;
+            return simple_rows_here<ELEMENT, float, BLOCK_ROWS, BLOCK_KEYS, COMPUTING>(
+                call, shared.block, view, Walk<BLOCK_KEYS>::back_at(call, view, piece, offset), fresh);
+        }
+        end_span(rows, call, shared.block, {fresh, last}, c);
+        if (last) break;
+    }
+    if (group == 0) take_turn(group);  // the last group's
+}
+
+extern "C" __global__ void __launch_bounds__(THREADS, 1) attend(const __grid_constant__ Call call) {
+    extern __shared__ __align__(1024) char memory[];
+    Shared& shared = *reinterpret_cast<Shared*>(memory);
+    const Place block = place_of<BLOCK_ROWS>(call);
+    const BlockView& view = view_of_rows<THREADS>(call, block.row, BLOCK_ROWS);
+    const bool computing = threadIdx.x < COMPUTING;
+    if (!Walk<BLOCK_KEYS>(call, view).more(call)) {
+        if (!computing) return;
+        Rows rows;
+        rows.clear();
+        return end_span(rows, call, block, {bool(call.fresh), true}, 1);
+    }
+    if (threadIdx.x == 0) shared.block = block, shared.fresh = call.fresh, begin_barriers(shared);
+    if (threadIdx.x < 128) {
+        auto query = static_cast<const uint16*>(call.queries) + element_of(call.query_strides, block, block.row);
+        copy_atoms<KEY_ATOMS, BLOCK_ROWS>(
+            shared_address(shared.queries), query, call.query_strides.token,
+            int(least(call.query_tokens - block.row, BLOCK_ROWS)), call.head_dim);
+        copies_issued();
+        copies_arrived();
+        show_to_products();
+    }
+    __syncthreads();
+    if (computing) {
+        asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(COMPUTING_REGISTERS));
+        attend_rows(call, view, shared);
+    } else {
+        asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(COPYING_REGISTERS));
+        copy_tiles(call, view, shared);
+    }
+}
