@@ -6,7 +6,8 @@ import threading
 from collections import deque
 from collections.abc import Callable, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor, wait
-from typing import TypeVar
+from dataclasses import dataclass
+from typing import Any, TypeVar
 
 T = TypeVar("T")
 # What glibc reserves for the stack of a thread unless it is told otherwise (ulimit -s).
@@ -20,6 +21,27 @@ def stack_bytes() -> int:
     return found or DEFAULT_STACK_BYTES
 
 
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """Items that threads are taking."""
+
+    waiting: deque[Any]
+    futures: list[Future[None]]
+
+    def wait(self) -> None:
+        """Return when all are done.
+
+        After an error or an interruption no further item is begun; the error is raised once all threads have stopped.
+        """
+        try:
+            wait(self.futures)
+        finally:
+            self.waiting.clear()
+            wait(self.futures)
+        for future in self.futures:
+            future.result()
+
+
 class Workers:
     """``threads`` threads that take items one by one, in order; several instances may work at the same time."""
 
@@ -28,10 +50,11 @@ class Workers:
         self._pool = ThreadPoolExecutor(threads, thread_name_prefix=f"cqsa-{name}")
 
     def run(self, items: Iterable[T], work: Callable[[T], None]) -> None:
-        """``work(item)`` for every item; returns when all are done.
+        """``work(item)`` for every item; returns when all are done, and fails, as ``Batch.wait`` does."""
+        self.start(items, work).wait()
 
-        After an error or an interruption no further item is begun; the error is raised once all threads have stopped.
-        """
+    def start(self, items: Iterable[T], work: Callable[[T], None]) -> Batch:
+        """Have ``work(item)`` done for every item."""
         waiting = deque(items)
 
         def take_items() -> None:
@@ -46,16 +69,15 @@ class Workers:
                     waiting.clear()
                     raise
 
-        futures: list[Future[None]] = []
+        batch = Batch(waiting, [])
         try:
             for _ in range(min(self._threads, len(waiting))):
-                futures.append(self._pool.submit(take_items))
-            wait(futures)
-        finally:
+                batch.futures.append(self._pool.submit(take_items))
+        except BaseException:  # an interruption, too: nothing goes on behind it
             waiting.clear()
-            wait(futures)
-        for future in futures:
-            future.result()
+            wait(batch.futures)
+            raise
+        return batch
 
     def close(self) -> None:
         """Stop the threads."""

@@ -23,11 +23,11 @@ class Rates:
     step_s: float = 1e-4
     # One GPU of the Hopper generation, by element type of the inputs, and its link to the host.
     device_flops: tuple[tuple[str, float], ...] = (
-        ("float16", 330e12), ("bfloat16", 330e12), ("float32", 75e12), ("float64", 35e12),
+        ("float16", 500e12), ("bfloat16", 500e12), ("float32", 75e12), ("float64", 35e12),
     )  # fmt: skip
     # Short vectors do not make a pair of a query and a key quicker than this: its exponential takes as long.
-    device_pair_s: float = 0.48e-12
-    device_wave_rows: int = 132 * 256
+    device_pair_s: float = 0.41e-12
+    device_wave_rows: int = 132 * 192
     # Each launch begins and ends every row that it takes: operands come, a state is read and written.
     row_launch_s: float = 0.65e-9
     link_bytes: float = 50e9

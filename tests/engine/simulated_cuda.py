@@ -8,6 +8,7 @@ The kernel is the formula in float64.
 from __future__ import annotations
 
 import ctypes
+import os
 import random
 import sys
 import threading
@@ -16,7 +17,10 @@ from collections import deque
 from collections.abc import Callable
 from contextlib import contextmanager
 from importlib.machinery import ModuleSpec
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from types import SimpleNamespace
+from unittest.mock import patch
 
 import ml_dtypes
 import numpy as np
@@ -327,8 +331,37 @@ class Function:
             lse[...] = np.where(empty, -np.inf, m + np.log(share))
 
 
+class Nvrtc:
+    """Machine code is the options, one a line."""
+
+    NVRTCError = type("NVRTCError", (RuntimeError,), {})
+
+    def __init__(self) -> None:
+        self.options: list[str] = []
+
+    @staticmethod
+    def getVersion() -> tuple[int, int]:
+        return 13, 0
+
+    def createProgram(self, text: str, name: str, headers: tuple[str, ...], includes: tuple[str, ...]) -> int:
+        assert "attend" in text
+        return 0
+
+    def compileProgram(self, program: int, options: tuple[str, ...]) -> None:
+        assert "-arch=sm_90a" in options
+        self.options = list(options)
+
+    def getCUBIN(self, program: int) -> bytes:
+        return "\n".join(self.options).encode()
+
+    def destroyProgram(self, program: int) -> None:
+        self.options = []
+
+
 class RawModule:
-    def __init__(self, code: str, options: tuple[str, ...]) -> None:
+    def __init__(self, code: str = "", options: tuple[str, ...] = (), path: str | None = None) -> None:
+        if path is not None:
+            options = tuple(Path(path).read_text().split("\n"))
         defines = dict(option[2:].split("=") for option in options if option.startswith("-D"))
         self._element = int(defines["ELEMENT"])
 
@@ -355,7 +388,7 @@ def modules() -> dict[str, types.ModuleType]:
         "cupy.cuda",
         Device=Device, Event=Event, Memory=Memory, MemoryPointer=lambda memory, offset: (memory, offset),
         PinnedMemory=PinnedMemory, PinnedMemoryPointer=lambda memory, offset: memory.bytes, Stream=Stream,
-        get_current_stream=get_current_stream, runtime=runtime,
+        get_current_stream=get_current_stream, runtime=runtime, nvrtc=Nvrtc(),
     )  # fmt: skip
     cupy = module(
         "cupy",
@@ -373,7 +406,8 @@ def modules() -> dict[str, types.ModuleType]:
 def simulated_gpu(seed: int):
     """``cupy`` is the simulator meanwhile, and what was imported with it is forgotten afterwards."""
     global SIMULATOR
-    ours = ("cupy", "cupy_backends", "cqsa_arrays.engine.cuda", "cqsa_arrays.kernels.cuda.kernel")
+    here = "cqsa_arrays.kernels.cuda"
+    ours = ("cupy", "cupy_backends", "cqsa_arrays.engine.cuda", f"{here}.kernel", f"{here}.cubin")
 
     def concerned() -> list[str]:
         return [name for name in sys.modules if name.startswith(ours)]
@@ -386,7 +420,8 @@ def simulated_gpu(seed: int):
 
     devices._describe.cache_clear()
     try:
-        yield SIMULATOR
+        with TemporaryDirectory() as cache, patch.dict(os.environ, CUPY_CACHE_DIR=cache):
+            yield SIMULATOR
     finally:
         for name in concerned():
             del sys.modules[name]

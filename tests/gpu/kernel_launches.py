@@ -89,8 +89,10 @@ def kernel_of(family: str, dim: int, value_dim: int):
     made = kernels.CudaKernel(dtype, head_dim=dim, value_dim=value_dim, scale=1.0)
     capability = cupy.cuda.Device().compute_capability
     version = int(capability[:-1]), int(capability[-1])
-    variant = simple_variant(dtype) if simple else choose_variant(
-        dtype, dim, value_dim, version, split=split, whole_words="hopper" in family
+    variant = (
+        simple_variant(dtype)
+        if simple
+        else choose_variant(dtype, dim, value_dim, version, split=split, whole_words="hopper" in family)
     )
     made.variant, made._function = variant, kernels.load(variant, cupy.cuda.Device().id)
     return made

@@ -14,7 +14,7 @@ from cupy.cuda import runtime
 from ...planner import Group
 from ...ranges import Range
 from ...storage import DeviceSource, HostSource, TokenSource
-from ...workers import Workers
+from ...workers import Batch, Workers
 from ..pages import block_bytes
 from .memory import Arena, PinnedPieces
 
@@ -47,11 +47,11 @@ class Errand:
     part: Part
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Link:
     """What brings blocks to the device: reader threads, page-locked pieces, a stream for copies.
 
-    Blocks of all inputs are asked for first and then read together, by all threads.
+    Blocks of all inputs are asked for first and then read together, by all threads, while the caller goes on.
     """
 
     device: cupy.cuda.Device
@@ -61,23 +61,36 @@ class Link:
     copies: cupy.cuda.Stream
     wanted: list[Errand] = field(default_factory=list)
     filled: list[Slot] = field(default_factory=list)
+    under_way: Batch | None = None
 
-    def transfer(self) -> None:
-        """Read what is wanted, piece by piece; each is copied as soon as it is read."""
-        wanted, filled = self.wanted.copy(), self.filled.copy()
-        self.wanted.clear()
-        self.filled.clear()
-        if wanted:
-            self.readers.run(wanted, lambda errand: errand.pages.bring(errand.slot, errand.part))
-        for slot in filled:
+    def start(self) -> None:
+        """Begin to read what is wanted, piece by piece; each is copied as soon as it is read."""
+        assert self.under_way is None, "one transfer after the other"
+        if self.wanted:
+            wanted, self.wanted = self.wanted, []
+            self.under_way = self.readers.start(wanted, lambda errand: errand.pages.bring(errand.slot, errand.part))
+
+    def wait(self) -> None:
+        """Return when what was begun is read."""
+        if self.under_way is not None:
+            batch, self.under_way = self.under_way, None
+            batch.wait()
+
+    def finish(self) -> None:
+        """All that was asked for is read and on its way, and events say when it arrives."""
+        self.wait()
+        self.start()
+        self.wait()
+        for slot in self.filled:
             slot.arrived.record(self.copies)
+        self.filled.clear()
 
 
 class DevicePages:
     """The blocks of ``source`` on the device: at most ``slots`` of at most ``tokens`` tokens of ``heads`` heads.
 
-    ``load`` gives the place of a block, which ``Link.transfer`` brings and which then still is on its way: a stream
-    that reads it waits by ``await_loaded``. A slot is not overwritten before the kernels that were launched before
+    ``load`` gives the place of a block, which ``Link`` brings and which then still is on its way: a stream that reads
+    it waits by ``await_loaded``. A slot is not overwritten before the kernels that were launched before
     ``release`` have read it.
     """
 
@@ -148,6 +161,7 @@ class DevicePages:
     def _fill(self, slot: Slot, group: Group, tokens: Range) -> None:
         """Have the block copied: by the device itself from page-locked memory, else piece by piece as it is read."""
         link = self._link
+        link.wait()  # nothing is on its way to this slot any more
         for event in slot.used.values():
             link.copies.wait_event(event)
         slot.used.clear()

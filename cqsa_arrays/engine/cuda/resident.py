@@ -62,7 +62,7 @@ class DeviceResident:
         step, part = work.step, work.rows
         assert step is not None
         assert self.group is not None, "begin() comes first"
-        self.link.transfer()
+        self.link.finish()
         lane = self.lanes.of(self.group, step.queries)
         for pages in self.operands:
             pages.await_loaded(lane)
@@ -85,14 +85,14 @@ class DeviceResident:
         self.results.take(Finished(group, rows, state, lane, release))
 
     def preload(self, group: Group, step: Step) -> None:
-        """Bring what the next step needs; nothing of the one that is computed gives way, for it was used last."""
+        """Begin to bring what the next step needs; nothing of this one gives way, for it was used last."""
         if group == self.group:
             self.states.preload(step.queries)
         self.operands.queries.preload(group, step.queries)
         for tokens in step.keys:
             self.operands.keys.preload(group, tokens)
             self.operands.values.preload(group, tokens)
-        self.link.transfer()
+        self.link.start()
 
     def settle(self) -> None:
         """Return once the device has done what was put on it and the rows handed out are written."""
@@ -122,9 +122,9 @@ def allocate_on_device(
     lanes = _lanes(plan)
     arena = stack.enter_context(closing(Arena(plan.memory_bytes)))
     pieces = stack.enter_context(closing(PinnedPieces(PINNED_PIECES)))
-    readers = stack.enter_context(closing(Workers(READER_THREADS, "reader")))
     # Whatever fails, nothing is given back while a copy or kernel still uses it.
     stack.callback(device.synchronize)
+    readers = stack.enter_context(closing(Workers(READER_THREADS, "reader")))
     link = Link(device, arena, pieces, readers, cupy.cuda.Stream(non_blocking=True))
     key_size = {"slots": size.key_slots, "tokens": size.key_chunk, "heads": size.heads}
     query_size = {"slots": size.query_slots, "tokens": size.query_chunk, "heads": size.heads}

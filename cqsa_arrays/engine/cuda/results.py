@@ -6,6 +6,7 @@ import queue
 import threading
 from collections.abc import Callable
 from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -70,11 +71,10 @@ class DeviceOutput:
     def __init__(self, sink: Sink, kernel: CudaKernel, arena: Arena, slot: OutputSlot, dtype: np.dtype) -> None:
         self._sink, self._kernel, self._piece_rows, self._dtype = sink, kernel, slot.rows, dtype
         self._device = cupy.cuda.Device()
-        self._ways: queue.SimpleQueue[Way] = queue.SimpleQueue()
+        self._places = queue.SimpleQueue[Any]()
         for memory in arena.take((OUTPUT_SLOTS, slot.size_bytes), np.uint8):
-            # Before other launches: rows that wait for those keep a state's memory from what comes next.
-            stream = Stream(non_blocking=True, priority=-1)
-            self._ways.put(Way(memory, pinned_piece(slot.size_bytes), stream))
+            self._places.put(memory)
+        self._ways: queue.SimpleQueue[Way] = queue.SimpleQueue()
         self._writers = ThreadPoolExecutor(OUTPUT_SLOTS, thread_name_prefix="cqsa-output")
         self._under_way: list[Future[None]] = []
 
@@ -99,7 +99,7 @@ class DeviceOutput:
 
     def _send(self, ready: Event, state: DeviceState, where: tuple[Range, Range, Range], left: _Countdown) -> None:
         """One piece, all of its way; runs in a thread of its own, which waits for the device without holding others."""
-        way = self._ways.get()
+        way = self._way()
         try:
             with self._device, way.stream:
                 assert state.statistics is not None
@@ -115,6 +115,16 @@ class DeviceOutput:
         finally:
             self._ways.put(way)
             left.one_done()
+
+    def _way(self) -> Way:
+        """One that is free. Each thread makes one at first, beside the launches: a stream takes a millisecond."""
+        with suppress(queue.Empty):
+            return self._ways.get_nowait()
+        memory = self._places.get_nowait()  # there are as many as threads
+        with self._device:
+            # Before other launches: rows that wait for those keep a state's memory from what comes next.
+            stream = Stream(non_blocking=True, priority=-1)
+            return Way(memory, pinned_piece(memory.size), stream)
 
     def _cut(self, memory: Any, state: BlockStatistics) -> tuple[Any, Any, int]:
         """Output, then log-sum-exp on an 8-byte border, of the rows of ``state`` in ``memory``; the bytes of both."""

@@ -1,7 +1,7 @@
 """Machine code for an architecture that CuPy does not ask NVRTC for, kept on disk beside what CuPy keeps.
 
-The instructions of ``sm_90a`` exist for compute capability 9.0 alone; CuPy compiles for ``sm_90``, which lacks them, and
-NVRTC before CUDA 13 takes one architecture only.
+The instructions of ``sm_90a`` exist for compute capability 9.0 alone; CuPy compiles for ``sm_90``, which lacks them,
+and NVRTC before CUDA 13 takes one architecture only.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from ...errors import DeviceError
 def compiled(text: str, options: Sequence[str]) -> Path:
     """A file with the machine code of ``text``, compiled unless it is there from an earlier time.
 
-    It lies in ``CUPY_CACHE_DIR``, ``~/.cupy/kernel_cache`` if that is not set. Raises ``DeviceError`` with the compiler's log.
+    It lies in ``CUPY_CACHE_DIR``, or ``~/.cupy/kernel_cache``. Raises ``DeviceError`` with the compiler's log.
     """
     key = repr((text, tuple(options), nvrtc.getVersion()))
     directory = Path(os.environ.get("CUPY_CACHE_DIR") or Path.home() / ".cupy" / "kernel_cache")

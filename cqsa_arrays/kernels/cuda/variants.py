@@ -102,8 +102,9 @@ class Variant:
 class Tile:
     """What a block of ``warps`` warps works on at once: ``rows`` query rows, ``keys`` keys.
 
-    ``blocks`` of them are to fit the registers of a multiprocessor; 0 where the kernel itself knows how many.
-    ``stages``: tiles of keys on their way through shared memory; 0 where the kernel itself knows how many. On devices of the major versions ``not_on`` the compiler runs out of registers.
+    ``blocks`` of them are to fit the registers of a multiprocessor, ``stages`` tiles of keys are on their way through
+    shared memory; 0 where the kernel itself knows how many. On devices of the major versions ``not_on`` the compiler
+    runs out of registers.
     """
 
     rows: int
