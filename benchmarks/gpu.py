@@ -92,7 +92,7 @@ def kernel_rows(repeats: int) -> Iterator[dict[str, object]]:
 def plain_float32() -> Iterator[None]:
     """float32 without tensor cores meanwhile, which no argument asks for."""
     usual = kernel.variant_for
-    kernel.variant_for = lambda *problem: choose_variant(*problem[:4], split=False)
+    kernel.variant_for = lambda *problem, **_: choose_variant(*problem[:4], split=False)
     try:
         yield
     finally:

@@ -18,7 +18,7 @@ from h5py import h5s
 from ..buffers import allocate
 from ..errors import StorageError
 from ..ranges import Range
-from .dtypes import check_widening, piece_rows
+from .dtypes import check_widening, copy_elements, piece_rows
 from .layout import Shape4
 from .links import encoded
 from .rawfile import RawFile, coalesce
@@ -110,7 +110,7 @@ class ChunkedSource:
         stage = allocate(most // self.dtype.itemsize, self.dtype)
         for b, h, t in self._grid.boxes(batch, heads, tokens):
             where = tuple(slice(r.start - o.start, r.stop - o.start) for r, o in ((b, batch), (h, heads), (t, tokens)))
-            np.copyto(out[where], self._read_box(b, h, t, stage))
+            copy_elements(out[where], self._read_box(b, h, t, stage))
 
     def _read_box(self, batch: Range, heads: Range, tokens: Range, stage: np.ndarray) -> np.ndarray:
         """The elements of one box in ``stage``, as a logical view, with their stored bits untouched."""

@@ -8,7 +8,7 @@ import numpy as np
 
 from ..buffers import allocate
 from ..ranges import Range
-from .dtypes import check_widening
+from .dtypes import check_widening, copy_elements
 from .layout import Shape4
 from .rawfile import RawFile, coalesce
 from .rows import Run
@@ -72,7 +72,7 @@ class ContiguousSource:
         for piece in Range(0, len(target)).split(len(stage)):
             part = stage[: len(piece)]
             self._file.read_into(part, run.position + piece.start * self._rows.row_bytes)
-            np.copyto(target[piece.slice], part[:, run.pick])
+            copy_elements(target[piece.slice], part[:, run.pick])
 
     def view(self, batch: Range, heads: Range, tokens: Range) -> np.ndarray:
         raise no_view(self)

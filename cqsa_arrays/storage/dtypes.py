@@ -42,6 +42,12 @@ def check_widening(stored: np.dtype, compute: np.dtype, label: str) -> None:
         raise ArgumentError(label, f"{stored} elements read as {compute}", "a compute type at least as wide", remedy)
 
 
+def copy_elements(out: np.ndarray, block: np.ndarray) -> None:
+    """Copy ``block`` to ``out``, of the same kind: NaN are data like others, of which a signalling one would warn."""
+    with np.errstate(invalid="ignore"):
+        np.copyto(out, block, casting="same_kind")
+
+
 def piece_rows(row_bytes: int) -> int:
     """How many rows of ``row_bytes`` one conversion piece holds: at least one.
 

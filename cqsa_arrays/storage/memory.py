@@ -10,7 +10,7 @@ import numpy as np
 
 from ..errors import ArgumentError
 from ..ranges import Range
-from .dtypes import check_widening, piece_rows
+from .dtypes import check_widening, copy_elements, piece_rows
 from .layout import Layout, Shape4
 from .rawfile import ADVICE_BYTES
 from .source import no_view
@@ -56,7 +56,7 @@ class HostSource:
     def read(self, batch: Range, heads: Range, tokens: Range, out: np.ndarray) -> None:
         check_widening(self.dtype, out.dtype, self._label)
         block = self._array[batch.slice, heads.slice, tokens.slice]
-        np.copyto(out, block)
+        copy_elements(out, block)
         self.bytes_read += block.nbytes
 
     def view(self, batch: Range, heads: Range, tokens: Range) -> np.ndarray:
@@ -128,7 +128,7 @@ class MemmapSource:
     def read(self, batch: Range, heads: Range, tokens: Range, out: np.ndarray) -> None:
         check_widening(self.dtype, out.dtype, self._label)
         for where, piece in self._pieces(batch, heads, tokens):
-            np.copyto(out[where], piece)
+            copy_elements(out[where], piece)
             self._pages.let_go(piece)
             self.bytes_read += piece.nbytes
 

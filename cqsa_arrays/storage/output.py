@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Protocol, Self
 import numpy as np
 
 from ..ranges import Range
-from .dtypes import element_dtype
+from .dtypes import copy_elements, element_dtype
 from .layout import Layout, Shape4
 from .partfile import PartFile, check_target
 from .rawfile import RawFile
@@ -55,11 +55,11 @@ class ArraySink:
         return 0
 
     def write_out(self, batch: Range, heads: Range, tokens: Range, block: np.ndarray) -> None:
-        np.copyto(self.out[batch.slice, heads.slice, tokens.slice], block, casting="same_kind")
+        copy_elements(self.out[batch.slice, heads.slice, tokens.slice], block)
 
     def write_lse(self, batch: Range, heads: Range, tokens: Range, block: np.ndarray) -> None:
         if self._lse is not None:
-            np.copyto(self._lse[batch.slice, heads.slice, tokens.slice], block, casting="same_kind")
+            copy_elements(self._lse[batch.slice, heads.slice, tokens.slice], block)
 
     def sync(self) -> None:
         """Nothing to do: memory does not outlast the process."""
@@ -209,7 +209,8 @@ def write_rows(file: RawFile, rows: Rows, where: tuple[Range, Range, Range], blo
             file.write_from(source, run.position)
             continue
         for piece in Range(0, len(source)).split(rows.piece_tokens):
-            stored = source[piece.slice].astype(rows.dtype, order="C", casting="same_kind")
+            stored = np.empty(source[piece.slice].shape, rows.dtype)
+            copy_elements(stored, source[piece.slice])
             position = run.position + piece.start * rows.row_bytes
             if gapless:
                 file.write_from(stored, position)

@@ -1,6 +1,8 @@
 """The forms in which HDF5 stores arrays: three of bfloat16, chunked, compact; and those that are refused."""
 
 import os
+import warnings
+from contextlib import closing
 
 import h5py
 import numpy as np
@@ -330,3 +332,20 @@ def test_damaged_chunks_are_named(tmp_path):
     with pytest.raises(StorageError, match="is damaged"):
         q[...]
     source.close()
+
+
+@pytest.mark.parametrize("form", ["array", "mapped", "contiguous", "chunked"])
+def test_a_signalling_nan_is_read_without_a_warning(tmp_path, form):
+    """Found by flipping bytes: NumPy warned of the conversion to float64, and the command printed it."""
+    array = normal((20, 8), "f4")
+    array.view("u4")[3, 5] = 0x7F800001
+    with h5py.File(tmp_path / "x.h5", "w") as file:
+        file.create_dataset("q", data=array, chunks=(6, 8) if form == "chunked" else None)
+    np.save(tmp_path / "x.npy", array)
+    arrays = {"array": array, "mapped": np.load(tmp_path / "x.npy", mmap_mode="r")}
+    source = as_source(arrays[form], "q") if form in arrays else dataset(f"{tmp_path}/x.h5:/q").source()
+    with closing(source), warnings.catch_warnings():
+        warnings.simplefilter("error")
+        found = read(source, "f8")[0, 0]
+    assert np.isnan(found[3, 5])
+    assert np.isnan(found).sum() == 1

@@ -50,6 +50,13 @@ __device__ __forceinline__ void pass_turn(int group) {
     asm volatile("bar.arrive %0, 256;" ::"r"((group + 1) % GROUPS + 2) : "memory");
 }
 
+// Read by the lane that leaves the place, for all of its warp.
+__device__ __forceinline__ Tile tile_at(const Shared& shared, Ring at) {
+    Tile tile = {};
+    if (threadIdx.x % 32 == 0) tile = shared.tiles[at.stage];
+    return {__shfl_sync(~0u, tile.piece, 0), __shfl_sync(~0u, tile.offset, 0), __shfl_sync(~0u, tile.flags, 0), 0};
+}
+
 // Hide the scores of a tile that some rows do not see. An infinity or NaN among its values is noted: a weight of 0 does not
 // keep it from a row.
 __device__ __forceinline__ void hide_unseen(Scores& scores, const Call& call, Shared& shared, Ring at) {
@@ -59,13 +66,16 @@ __device__ __forceinline__ void hide_unseen(Scores& scores, const Call& call, Sh
 #pragma unroll 1
     for (int i = thread_now() % 128; i < int(VALUE_TILE) / 4; i += 128) found |= irregular_pair(pairs[i]);
     if (found) shared.irregular = 1;
-    const Tile tile = shared.tiles[at.stage];
+    // Read by all of the group; the race checker does not know that the warp's barrier in `leave` would do.
+    asm volatile("bar.sync %0, 128;" ::"r"(5 + thread_now() / 128) : "memory");
+    const Tile tile = tile_at(shared, at);
     const Piece& piece = call.pieces[tile.piece];
     hide(scores, call, shared.block.row, piece.start + tile.offset, int(least(piece.tokens - tile.offset, BLOCK_KEYS)));
 }
 
-// A warp leaves a place of the ring.
+// A warp leaves a place of the ring, which none of its lanes reads any more.
 __device__ __forceinline__ void leave(const unsigned long long (&empty)[STAGES], Ring at) {
+    __syncwarp();
     if (threadIdx.x % 32 == 0) barrier_arrive(barrier_of(empty, at));
 }
 
@@ -81,7 +91,7 @@ __device__ __forceinline__ int attend_span(
     issue_scores(scores, queries, keys + ring.stage * KEY_TILE);
     pass_turn(group);
     products_done<0>();
-    int flags = shared.tiles[ring.stage].flags;
+    int flags = tile_at(shared, ring).flags;
     if (flags & PARTIAL) hide_unseen(scores, call, shared, ring);
     leave(shared.key_empty, ring);
     soften(scores, rows, c, [](const float(&)[ROWS]) {});  // nothing is accumulated yet
@@ -89,7 +99,7 @@ __device__ __forceinline__ int attend_span(
     while (!(flags & ENDS_SPAN)) {
         const Ring next = ring.next();
         barrier_wait(barrier_of(shared.key_full, next), next.parity);
-        flags = shared.tiles[next.stage].flags;
+        flags = tile_at(shared, next).flags;
         take_turn(group);
         products_begin();
         issue_scores(scores, queries, keys + next.stage * KEY_TILE);
