@@ -338,6 +338,7 @@ class Nvrtc:
 
     def __init__(self) -> None:
         self.options: list[str] = []
+        self.compiled = 0
 
     @staticmethod
     def getVersion() -> tuple[int, int]:
@@ -348,8 +349,12 @@ class Nvrtc:
         return 0
 
     def compileProgram(self, program: int, options: tuple[str, ...]) -> None:
-        assert "-arch=sm_90a" in options
-        self.options = list(options)
+        self.options, self.compiled = list(options), self.compiled + 1
+        if "-arch=sm_90a" not in options:
+            raise self.NVRTCError("compilation failed")
+
+    def getProgramLog(self, program: int) -> str:
+        return f"no such architecture: {' '.join(self.options)}"
 
     def getCUBIN(self, program: int) -> bytes:
         return "\n".join(self.options).encode()

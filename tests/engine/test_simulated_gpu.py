@@ -6,6 +6,7 @@ import os
 import re
 import threading
 from dataclasses import replace
+from pathlib import Path
 
 import h5py
 import numpy as np
@@ -226,3 +227,22 @@ def test_the_simulator_notices_what_is_not_ordered(monkeypatch) -> None:
             return cqsa.compare(out, exact(*arrays, 0)).passed
 
     assert not all(passes(seed) for seed in range(20))
+
+
+def test_machine_code_for_one_generation_is_compiled_once_and_kept_whole() -> None:
+    with simulated_gpu(0):
+        from cupy.cuda import nvrtc
+
+        from cqsa_arrays.kernels.cuda.cubin import compiled
+
+        cache = Path(os.environ["CUPY_CACHE_DIR"]) / "not there yet"
+        os.environ["CUPY_CACHE_DIR"] = str(cache)
+        path = compiled("attend", ["-arch=sm_90a"])
+        assert path == compiled("attend", ["-arch=sm_90a"])
+        assert nvrtc.compiled == 1
+        assert path.read_bytes() == b"-arch=sm_90a"
+        assert compiled("attend()", ["-arch=sm_90a"]) != path != compiled("attend", ["-arch=sm_90a", "-DSTAGES=3"])
+        assert nvrtc.compiled == 3
+        with pytest.raises(cqsa.DeviceError, match=r"compilation failed: no such architecture: -arch=sm_90$"):
+            compiled("attend", ["-arch=sm_90"])
+        assert len(list(cache.iterdir())) == 3

@@ -7,7 +7,7 @@
 //   group g     S0 | softmax 0 | S1 V0 | softmax 1 | ...   V0 runs beside softmax 1; groups issue products in turns
 //
 // Scores S = Q K^T and outputs O += P V are products of 64 rows whose weights P stay in registers. Vectors have to be whole
-// 16-byte words; half.cu takes others. The rows of the copying group's registers go to the groups that compute (setmaxnreg),
+// 16-byte words; half.cu takes others. Registers of the group that copies go to those that compute (setmaxnreg),
 // which the compiler does only where these call no function: all is inlined.
 //
 // Shared memory: queries and the ring, in atoms of 64 columns (wgmma.cuh), and the barriers:
@@ -66,8 +66,6 @@ __device__ __forceinline__ void hide_unseen(Scores& scores, const Call& call, Sh
 #pragma unroll 1
     for (int i = thread_now() % 128; i < int(VALUE_TILE) / 4; i += 128) found |= irregular_pair(pairs[i]);
     if (found) shared.irregular = 1;
-    // Read by all of the group; the race checker does not know that the warp's barrier in `leave` would do.
-    asm volatile("bar.sync %0, 128;" ::"r"(5 + thread_now() / 128) : "memory");
     const Tile tile = tile_at(shared, at);
     const Piece& piece = call.pieces[tile.piece];
     hide(scores, call, shared.block.row, piece.start + tile.offset, int(least(piece.tokens - tile.offset, BLOCK_KEYS)));
