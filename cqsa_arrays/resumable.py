@@ -97,7 +97,8 @@ def _plain(value: Any) -> Any:
 def resumed(out: str, *, device: str | None, memory: int | str | None, options: Options) -> Request:
     """The request of the unfinished job of ``out``, as it was stored; of ``options`` progress and the limit of time.
 
-    Raises StorageError where there is none or its record is damaged, ArgumentError where its inputs were no files.
+    Raises ArgumentError where there is none or its inputs were no files, StorageError where its record is damaged or
+    its states are gone.
     """
     stored, overwrite = stored_request(out)
     try:

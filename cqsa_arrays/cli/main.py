@@ -60,9 +60,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return UNREAD
     except Exception as error:
-        if not memory_was_refused(error):
+        if memory_was_refused(error):
+            message = refusal(error)
+        elif isinstance(error, OSError):  # of a disk or a directory, met where nothing says more of it
+            where = "" if error.filename is None else f"{error.filename}: "
+            message = one_line(f"{where}{error.strerror or error}")
+        else:
             raise
-        print(f"cqsa {arguments.command}: {refusal(error)}{_go_on(arguments)}", file=sys.stderr)
+        print(f"cqsa {arguments.command}: {message}{_go_on(arguments)}", file=sys.stderr)
         return UNUSABLE
 
 

@@ -7,7 +7,7 @@ import re
 from contextlib import suppress
 from dataclasses import dataclass
 
-from ..errors import StorageError
+from ..errors import ArgumentError, StorageError
 from ..storage import JOB_SUFFIX
 from .lock import Lock
 
@@ -42,6 +42,14 @@ class JobFolder:
     def exists(self) -> bool:
         """Whether a job was begun and neither finished nor dropped."""
         return os.path.isfile(self.ledger)
+
+    def require(self) -> None:
+        """Raise ArgumentError where no job is unfinished."""
+        if not self.exists:
+            finished = "It is finished: cqsa verify checks it."
+            remedy = finished if os.path.exists(self.out) else "Name the output of a job, or begin one: cqsa attend."
+            found = f"{self.out}, of which no job is unfinished"
+            raise ArgumentError("out", found, "the output of an unfinished job", remedy)
 
     def make(self) -> None:
         """Make the folder, unless it is there. Raises StorageError where it cannot be, or holds what is no job's."""

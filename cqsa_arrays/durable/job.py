@@ -53,6 +53,13 @@ class JobFact:
         """Where the states are."""
         return self.states or folder.path
 
+    def require_directory(self, folder: JobFolder) -> None:
+        """Raise StorageError where the states are gone with it."""
+        if not os.path.isdir(self.directory(folder)):
+            raise StorageError(
+                f"{self.directory(folder)}: the directory with this job's states is gone. Put it back. {START_OVER}"
+            )
+
 
 def read_fact(ledger: Ledger) -> JobFact:
     """The job of a ledger; StorageError where that says nothing useful."""
@@ -65,8 +72,11 @@ def read_fact(ledger: Ledger) -> JobFact:
 
 def stored_request(out: str) -> tuple[dict[str, Any], bool]:
     """What the unfinished job of ``out`` was asked for, and whether it may replace a file of that name."""
-    with closing(Ledger(JobFolder(out).ledger)) as ledger:
+    folder = JobFolder(out)
+    folder.require()
+    with closing(Ledger(folder.ledger)) as ledger:
         fact = read_fact(ledger)
+    fact.require_directory(folder)
     return fact.request, fact.overwrite
 
 
@@ -113,6 +123,7 @@ def _begin(setup: Setup, folder: JobFolder, stack: ExitStack) -> tuple[Ledger, O
     from ..storage.create import sync_directory  # h5py comes with it
 
     plan, spec = setup.plan, setup.output
+    _forget_attempt(folder)
     with ExitStack() as undo:
         undo.callback(folder.remove)
         inputs = fingerprints(setup.inputs)
@@ -128,16 +139,24 @@ def _begin(setup: Setup, folder: JobFolder, stack: ExitStack) -> tuple[Ledger, O
             request=dict(setup.request), states=os.path.abspath(setup.scratch) if setup.scratch else "",
             overwrite=setup.overwrite, pairs=plan.problem.pairs, flops=plan.problem.flops, begun=time.time(),
         )  # fmt: skip
-        reserve_states(fact.directory(folder), key, plan)
-        undo.callback(remove_states, fact.directory(folder), key, plan.lanes)
         with Ledger(folder.new_ledger, create=True) as new:
             new.commit({"job": asdict(fact)})
+        reserve_states(fact.directory(folder), key, plan)
+        undo.callback(remove_states, fact.directory(folder), key, plan.lanes)
         os.replace(folder.new_ledger, folder.ledger)  # with its name the job begins, and with its first entry there
         sync_directory(folder.ledger)
         sync_directory(folder.path)
         undo.pop_all()
     stack.callback(output.keep)
     return stack.enter_context(Ledger(folder.ledger)), output, fact, plan
+
+
+def _forget_attempt(folder: JobFolder) -> None:
+    """Remove the states that a run made elsewhere which was killed before its ledger had its name."""
+    if os.path.exists(folder.new_ledger):
+        with suppress(StorageError), Ledger(folder.new_ledger) as left:  # half a ledger names no states
+            fact = read_fact(left)
+            remove_states(fact.directory(folder), fact.key, fact.lanes)
 
 
 def _choice(plan: Plan) -> dict[str, Any]:

@@ -57,6 +57,7 @@ class SavedLane:
 def read_saved(out: str, plan_of: Callable[[JobFact], Plan], stack: ExitStack) -> list[SavedLane]:
     """The lanes of the unfinished job of ``out``; ``plan_of(fact)`` gives its plan. ``stack`` closes the files."""
     folder = JobFolder(out)
+    folder.require()
     with closing(Ledger(folder.ledger)) as ledger:
         fact = read_fact(ledger)
         plan = plan_of(fact)

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 import time
 from contextlib import closing
 from dataclasses import asdict, dataclass
 
-from ..errors import ArgumentError
 from ..units import format_seconds
 from .folder import JobFolder
 from .job import JobFact, read_fact
@@ -77,9 +77,7 @@ class JobStatus:
 def status(out: str) -> JobStatus:
     """The unfinished job of ``out``. Raises ArgumentError where there is none, StorageError where it cannot be read."""
     folder = JobFolder(out)
-    if not folder.exists:
-        remedy = "It is finished, or was never begun as a job."
-        raise ArgumentError("out", f"{out}, of which no job is unfinished", "the output of an unfinished job", remedy)
+    folder.require()
     with closing(Ledger(folder.ledger)) as ledger:
         fact = read_fact(ledger)
         records = [read_lane(ledger, lane) for lane in range(fact.lanes)]
@@ -102,7 +100,9 @@ def status(out: str) -> JobStatus:
 
 
 def _who_runs(folder: JobFolder, fact: JobFact, ledger: Ledger, lane: int) -> str | None:
-    """Who holds the lock of a lane; None where nobody does."""
+    """Who holds the lock of a lane; None where nobody does, or could."""
+    if not os.path.isdir(fact.directory(folder)):
+        return None
     lock = Lock.take(lane_lock(fact.directory(folder), fact.key, lane))
     if lock is not None:
         lock.release()

@@ -19,6 +19,7 @@ import pytest
 from campaign import flipped_ledgers
 from durable_cases import (
     CASES,
+    Killed,
     KilledAtCommit,
     command,
     digest,
@@ -120,6 +121,33 @@ def test_a_write_that_fails(here, call) -> None:
     assert run(command(CASE), Fault(call, 12, broken, always=True)) == 2
     assert "Input/output error" in log()
     goes_on(expected)
+
+
+def broken_and_told(usual, *arguments, **named):
+    with open("met", "w"):
+        raise OSError(5, "Input/output error")
+
+
+@pytest.mark.parametrize(
+    "call", ["fsync", "makedirs", "open", "posix_fallocate", "pwrite", "remove", "replace", "unlink"]
+)
+def test_a_call_that_fails_once_anywhere_costs_one_line_and_no_work(here, call) -> None:
+    """Making the job, committing, giving the output its name, removing what is left."""
+    make(CASE)
+    expected = unbroken(CASE)
+    for at in (*range(1, 12), *range(13, 200, 17)):
+        code = run(command(CASE), Fault(call, at, broken_and_told))
+        if not os.path.exists("met"):
+            assert code == 0
+            break
+        os.remove("met")
+        if code != 0:
+            assert code == 2
+            assert "Input/output error" in log()
+            assert "Traceback" not in log(), log()
+            assert run([*command(CASE), *(["--overwrite"] if os.path.exists("out.h5") else [])]) == 0, log()
+        assert digest() == expected
+        os.remove("out.h5")
 
 
 # ---- inputs
@@ -423,6 +451,23 @@ def test_two_jobs_of_one_name_in_one_scratch_directory(here) -> None:
 def _data(path: str) -> tuple[bytes, bytes]:
     with h5py.File(path) as file:
         return file["out"][...].tobytes(), file["lse"][...].tobytes()
+
+
+def test_a_run_that_is_killed_while_it_begins_leaves_nothing_in_the_scratch_directory(here) -> None:
+    make(CASE)
+    os.mkdir("scratch")
+    argv, left = [*command(CASE), "--scratch", "scratch"], 0
+    assert run(argv) == 0
+    expected = digest()
+    os.remove("out.h5")
+    for at in range(1, 20):
+        assert run(argv, Killed(at, "after")) == -signal.SIGKILL
+        left += bool(os.listdir("scratch"))
+        assert run(argv) == 0, log()
+        assert os.listdir("scratch") == [], at
+        assert digest() == expected
+        os.remove("out.h5")
+    assert left > 2
 
 
 def test_a_copied_job_is_a_job_of_its_own(begun) -> None:

@@ -82,9 +82,28 @@ def test_the_command_shows_it(here) -> None:
     assert run(["verify", "out.h5", "--partial", "--json"]) == 0
     assert run(["status", "none.h5"]) == 2
     assert "of which no job is unfinished" in log()
-    assert run(["verify", "none.h5", "--partial"]) == 2
-    assert "there is no record of a job" in log()
-    assert run(["resume", "none.h5"]) == 2
+    for argv in (["verify", "none.h5", "--partial"], ["resume", "none.h5"]):
+        assert run(argv) == 2
+        assert "no job is unfinished; expected the output of an unfinished job. Name the output of a job" in log()
+    assert run(command(case)) == 0
+    assert run(["resume", "out.h5"]) == 2
+    assert "It is finished: cqsa verify checks it." in log()
+
+
+def test_states_whose_directory_is_gone(here) -> None:
+    case = CASES[0]
+    make(case)
+    os.mkdir("scratch")
+    assert run([*command(case), "--scratch", "scratch"], KilledAtCommit(5)) == -signal.SIGKILL
+    os.rename("scratch", "elsewhere")
+    for argv in (["resume", "out.h5"], ["verify", "out.h5", "--partial"]):
+        assert run(argv) == 2
+        assert "scratch: the directory with this job's states is gone. Put it back. Start the job over" in log()
+    assert not status("out.h5").running
+    assert run(["status", "out.h5"]) == 0
+    os.rename("elsewhere", "scratch")
+    assert run(["resume", "out.h5"]) == 0, log()
+    assert os.listdir("scratch") == []
 
 
 def test_nothing_committed_is_nothing_to_verify(here) -> None:
