@@ -28,6 +28,11 @@ class Batch:
     waiting: deque[Any]
     futures: list[Future[None]]
 
+    def drop(self) -> None:
+        """No further item is begun; return when those that are begun are done, and whatever came of them."""
+        self.waiting.clear()
+        wait(self.futures)
+
     def wait(self) -> None:
         """Return when all are done.
 

@@ -118,6 +118,23 @@ def test_one_of_several_errors_is_raised() -> None:
     assert raised.value in errors
 
 
+def test_a_batch_that_is_dropped_begins_nothing_more_and_raises_nothing() -> None:
+    begun, go_on = [], threading.Event()
+
+    def work(item: int) -> None:
+        begun.append(item)
+        go_on.wait(LONG_S)
+        raise ValueError
+
+    with closing(Workers(1, "dropped")) as workers:
+        batch = workers.start(range(100), work)
+        while not begun:
+            pass
+        threading.Timer(0.05, go_on.set).start()
+        batch.drop()
+    assert begun == [0]
+
+
 def test_two_pools_work_at_the_same_time() -> None:
     both = threading.Barrier(2)
     with closing(Workers(1, "inner")) as inner, closing(Workers(1, "outer")) as outer:

@@ -14,7 +14,7 @@ from ..planner import Plan, output_piece_rows
 from ..storage import OutputFile, check_target
 from .checkpoint import Lane, LaneCheckpoint
 from .folder import FINISH, SETUP, JobFolder
-from .job import JobFact, drop, open_job
+from .job import JobFact, drop, open_job, remove_remains
 from .ledger import Ledger
 from .lock import Lock
 from .merge import merge_lanes
@@ -64,7 +64,7 @@ def attend(setup: Setup, stop: Stop) -> RunReport:
         drop(folder)
     if not folder.exists:
         if os.path.lexists(setup.out) and not setup.overwrite:
-            folder.remove_remains()
+            remove_remains(folder)
         check_target(setup.out, setup.output.inputs, overwrite=setup.overwrite, of_job=True)
     try:
         return _attend(setup, folder, stop)

@@ -65,13 +65,6 @@ class JobFolder:
         """The lock of that name, or None where another process holds it."""
         return Lock.take(os.path.join(self.path, f"{name}.lock"), patience_s=patience_s)
 
-    def remove_remains(self) -> None:
-        """Remove what a run has left that was killed after its output had its name and its ledger was gone."""
-        if os.path.isdir(self.path) and (lock := self.lock(SETUP)) is not None:
-            if not self.exists:
-                self.remove()
-            lock.release()
-
     def remove(self) -> None:
         """Remove what jobs make in the folder, and the folder; the ledger first, for without it there is no job."""
         try:

@@ -89,6 +89,7 @@ def open_job(setup: Setup, folder: JobFolder, stack: ExitStack) -> tuple[Ledger,
     if _was_finished(setup.out, fact):
         _remove(folder, fact)
         return None
+    fact.require_directory(folder)
     overwrite = setup.overwrite or fact.overwrite
     check_target(setup.out, setup.output.inputs, overwrite=overwrite, of_job=True)
     _check_same(setup, fact)
@@ -123,7 +124,7 @@ def _begin(setup: Setup, folder: JobFolder, stack: ExitStack) -> tuple[Ledger, O
     from ..storage.create import sync_directory  # h5py comes with it
 
     plan, spec = setup.plan, setup.output
-    _forget_attempt(folder)
+    forget_attempt(folder)
     with ExitStack() as undo:
         undo.callback(folder.remove)
         inputs = fingerprints(setup.inputs)
@@ -141,8 +142,8 @@ def _begin(setup: Setup, folder: JobFolder, stack: ExitStack) -> tuple[Ledger, O
         )  # fmt: skip
         with Ledger(folder.new_ledger, create=True) as new:
             new.commit({"job": asdict(fact)})
-        reserve_states(fact.directory(folder), key, plan)
         undo.callback(remove_states, fact.directory(folder), key, plan.lanes)
+        reserve_states(fact.directory(folder), key, plan)
         os.replace(folder.new_ledger, folder.ledger)  # with its name the job begins, and with its first entry there
         sync_directory(folder.ledger)
         sync_directory(folder.path)
@@ -151,10 +152,11 @@ def _begin(setup: Setup, folder: JobFolder, stack: ExitStack) -> tuple[Ledger, O
     return stack.enter_context(Ledger(folder.ledger)), output, fact, plan
 
 
-def _forget_attempt(folder: JobFolder) -> None:
+def forget_attempt(folder: JobFolder) -> None:
     """Remove the states that a run made elsewhere which was killed before its ledger had its name."""
     if os.path.exists(folder.new_ledger):
-        with suppress(StorageError), Ledger(folder.new_ledger) as left:  # half a ledger names no states
+        # Half a ledger names no states; a directory that is gone holds none.
+        with suppress(OSError), Ledger(folder.new_ledger) as left:
             fact = read_fact(left)
             remove_states(fact.directory(folder), fact.key, fact.lanes)
 
@@ -228,6 +230,15 @@ def _hold_lanes(folder: JobFolder, fact: JobFact, held: ExitStack) -> None:
         held.callback(lock.release)
 
 
+def remove_remains(folder: JobFolder) -> None:
+    """Remove what a run has left that was killed after its output had its name and its ledger was gone."""
+    if os.path.isdir(folder.path) and (lock := folder.lock(SETUP)) is not None:
+        if not folder.exists:
+            forget_attempt(folder)
+            folder.remove()
+        lock.release()
+
+
 def drop(folder: JobFolder) -> None:
     """Remove an unfinished job, whatever its state; JobBusyError where a process begins, computes or finishes it."""
     if not os.path.isdir(folder.path):
@@ -245,8 +256,10 @@ def drop(folder: JobFolder) -> None:
         except StorageError as error:
             logger.info("the record of the job is dropped unread: %s", error)
         else:
-            _hold_lanes(folder, fact, held)
-            remove_states(fact.directory(folder), fact.key, fact.lanes)
+            if os.path.isdir(fact.directory(folder)):
+                _hold_lanes(folder, fact, held)
+                remove_states(fact.directory(folder), fact.key, fact.lanes)
+        forget_attempt(folder)
         folder.remove()
         with suppress(FileNotFoundError):
             os.remove(folder.out + PART_SUFFIX)

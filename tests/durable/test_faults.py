@@ -470,6 +470,32 @@ def test_a_run_that_is_killed_while_it_begins_leaves_nothing_in_the_scratch_dire
     assert left > 2
 
 
+def test_a_restart_after_a_killed_beginning_leaves_nothing_in_the_scratch_directory(here) -> None:
+    make(CASE)
+    os.mkdir("scratch")
+    argv = [*command(CASE), "--scratch", "scratch"]
+    assert run(argv, Fault("replace", 1, lambda *_: os.kill(os.getpid(), signal.SIGKILL))) == -signal.SIGKILL
+    assert os.path.exists("out.h5.job/ledger.new")
+    assert len(os.listdir("scratch")) == 1
+    assert run([*argv, "--restart"]) == 0, log()
+    assert os.listdir("scratch") == []
+
+
+def test_an_interruption_while_states_are_reserved_leaves_nothing(here) -> None:
+    make(CASE)
+    os.mkdir("scratch")
+
+    def interrupted(usual, descriptor, *more):
+        usual(descriptor, *more)
+        if "scratch" in os.readlink(f"/proc/self/fd/{descriptor}"):
+            raise KeyboardInterrupt
+
+    assert run([*command(CASE), "--scratch", "scratch"], Fault("posix_fallocate", 1, interrupted, always=True)) == 130
+    assert "nothing unfinished is left behind" in log()
+    assert sorted(set(os.listdir()) - {"run.log"}) == ["qkv.h5", "scratch"]
+    assert os.listdir("scratch") == []
+
+
 def test_a_copied_job_is_a_job_of_its_own(begun) -> None:
     os.mkdir("copy")
     shutil.copytree("out.h5.job", "copy/out.h5.job")

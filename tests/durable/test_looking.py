@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import time
 from pathlib import Path
@@ -104,6 +105,18 @@ def test_states_whose_directory_is_gone(here) -> None:
     os.rename("elsewhere", "scratch")
     assert run(["resume", "out.h5"]) == 0, log()
     assert os.listdir("scratch") == []
+
+
+def test_a_job_whose_states_are_gone_is_started_over(here) -> None:
+    case = CASES[0]
+    make(case)
+    os.mkdir("scratch")
+    assert run([*command(case), "--scratch", "scratch"], KilledAtCommit(5)) == -signal.SIGKILL
+    shutil.rmtree("scratch")
+    assert run(command(case)) == 2
+    assert "is gone. Put it back. Start the job over with --restart" in log()
+    assert run([*command(case), "--restart"]) == 0, log()
+    assert sorted(os.listdir()) == ["out.h5", "qkv.h5"]
 
 
 def test_nothing_committed_is_nothing_to_verify(here) -> None:

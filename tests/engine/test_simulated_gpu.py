@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import re
 import threading
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -213,6 +215,55 @@ def test_an_error_of_the_result_is_raised(gpu, cover, monkeypatch) -> None:
     assert gpu.used_bytes == 0
 
 
+@by_cover
+def test_an_error_while_a_way_out_is_made_is_raised(gpu, cover, monkeypatch) -> None:
+    """Not waited for: the rows that found no way out give their state back."""
+    arrays = qkv(1, 3, 900)
+    call = {"causal": True, "device": "cuda", "options": Options(cover=cover)}
+    call["memory"] = least(*arrays, **call)
+    results = importlib.import_module("cqsa_arrays.engine.cuda.results")
+
+    def late(size_bytes: int) -> None:
+        time.sleep(0.2)
+        raise MemoryError("no page can be locked")
+
+    monkeypatch.setattr(results, "pinned_piece", late)
+    with pytest.raises(MemoryError, match="no page can be locked"):
+        cqsa.attention(*arrays, **call)
+    assert gpu.used_bytes == 0
+
+
+@by_cover
+def test_an_interruption_begins_no_further_part_of_the_next_step(gpu, cover, monkeypatch) -> None:
+    pages = importlib.import_module("cqsa_arrays.engine.cuda.pages")
+    resident = importlib.import_module("cqsa_arrays.engine.cuda.resident")
+    usual, read, stopped = pages.DevicePages.bring, [], threading.Event()
+
+    def bring(self, slot, part) -> None:
+        if stopped.is_set():
+            read.append(part)
+            time.sleep(0.05)
+        usual(self, slot, part)
+
+    def interrupted(self, *given) -> None:
+        raise KeyboardInterrupt
+
+    def preload(self, group, step) -> None:
+        stopped.set()
+        usual_preload(self, group, step)
+        monkeypatch.setattr(resident.DeviceResident, "attend", interrupted)
+
+    usual_preload = resident.DeviceResident.preload
+    monkeypatch.setattr(pages.DevicePages, "bring", bring)
+    monkeypatch.setattr(resident.DeviceResident, "preload", preload)
+    monkeypatch.setattr("cqsa_arrays.planner.memory.PINNED_PIECE_BYTES", 1024)
+    monkeypatch.setattr("cqsa_arrays.engine.cuda.memory.PINNED_PIECE_BYTES", 1024)
+    with pytest.raises(KeyboardInterrupt):
+        cqsa.attention(*qkv(1, 3, 900), causal=True, device="cuda", options=Options(cover=cover, chunks=None))
+    assert len(read) <= resident.READER_THREADS
+    assert gpu.used_bytes == 0
+
+
 def test_the_simulator_notices_what_is_not_ordered(monkeypatch) -> None:
     """Without the events of its slots the engine reads blocks that have not arrived, in some run."""
 
@@ -237,12 +288,21 @@ def test_machine_code_for_one_generation_is_compiled_once_and_kept_whole() -> No
 
         cache = Path(os.environ["CUPY_CACHE_DIR"]) / "not there yet"
         os.environ["CUPY_CACHE_DIR"] = str(cache)
-        path = compiled("attend", ["-arch=sm_90a"])
-        assert path == compiled("attend", ["-arch=sm_90a"])
+
+        def code_of(text: str, *options: str) -> Path:
+            with compiled(text, options) as found:
+                assert found.read_bytes() == "\n".join(options).encode()
+            return found
+
+        path = code_of("attend", "-arch=sm_90a")
+        assert path == code_of("attend", "-arch=sm_90a")
         assert nvrtc.compiled == 1
-        assert path.read_bytes() == b"-arch=sm_90a"
-        assert compiled("attend()", ["-arch=sm_90a"]) != path != compiled("attend", ["-arch=sm_90a", "-DSTAGES=3"])
+        assert code_of("attend()", "-arch=sm_90a") != path != code_of("attend", "-arch=sm_90a", "-DSTAGES=3")
         assert nvrtc.compiled == 3
         with pytest.raises(cqsa.DeviceError, match=r"compilation failed: no such architecture: -arch=sm_90$"):
-            compiled("attend", ["-arch=sm_90"])
+            code_of("attend", "-arch=sm_90")
         assert len(list(cache.iterdir())) == 3
+        # Where nothing can be kept, it is compiled for this time.
+        os.environ["CUPY_CACHE_DIR"] = str(path / "below a file")
+        assert not code_of("attend", "-arch=sm_90a").exists()
+        assert nvrtc.compiled == 5

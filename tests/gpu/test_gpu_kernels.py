@@ -121,6 +121,26 @@ def test_short_spans_go_through_the_state(family, span):
     close(family, one, low, high, *launch(family, one, low=low, high=high, state=state, span=span))
 
 
+@pytest.mark.parametrize("family", ["half", "hopper", "split", "double"])
+@pytest.mark.parametrize("dim", [128, 256])
+def test_more_keys_than_a_span(family, dim):
+    """As the engine launches it: a span that is not whole tiles would never end."""
+    one = case(family, dim, rows=70, heads=1, batch=1, pieces=((0, 18688), (18688, 18688), (37376, 77)), seed=15)
+    state = empty_state(one, family, poisoned=True)
+    span = kernel_of(family, dim, dim).variant.span_keys
+    close(family, one, *everything(one), *launch(family, one, state=state, span=span))
+
+
+@by_family
+@pytest.mark.parametrize("dims", [(128, 128), (96, 96), (32, 96), (8, 128), (128, 64)], ids=str)
+@pytest.mark.parametrize("span", [384, SPAN])
+def test_longer_vectors_in_spans(family, dims, span):
+    one = case(family, *dims, seed=16)
+    low, high = intervals(one, "random", 6)
+    state = empty_state(one, family, poisoned=True)
+    close(family, one, low, high, *launch(family, one, low=low, high=high, state=state, span=span))
+
+
 @by_family
 @pytest.mark.parametrize("span", [128, SPAN])
 def test_states_go_out_and_in_again(family, span):

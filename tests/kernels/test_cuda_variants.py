@@ -48,10 +48,12 @@ def test_a_change_of_a_header_changes_the_text(name, tmp_path, monkeypatch):
 def test_a_variant_exists_for_all_dimensions_and_fits(dtype, capability, split):
     for head_dim in (1, *PADDED, PADDED[-1] + 1):
         for value_dim in (1, *PADDED, PADDED[-1] + 1):
-            variant = choose_variant(dtype, head_dim, value_dim, capability, split=split)
+            words = head_dim % 16 == 0  # so that both are met
+            variant = choose_variant(dtype, head_dim, value_dim, capability, split=split, whole_words=words)
             assert variant.element == dtype
             assert variant.shared_bytes < shared_limit_bytes(capability)
             assert variant.threads % 32 == 0
+            assert variant.span_keys % variant.block_keys == 0 < variant.span_keys
             if variant != simple_variant(dtype):
                 assert variant.head_dim in PADDED
                 assert variant.value_dim in PADDED

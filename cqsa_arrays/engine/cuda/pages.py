@@ -76,6 +76,11 @@ class Link:
             batch, self.under_way = self.under_way, None
             batch.wait()
 
+    def close(self) -> None:
+        """Begin no further part of what is under way; what is begun is waited for."""
+        if self.under_way is not None:
+            self.under_way.drop()
+
     def finish(self) -> None:
         """All that was asked for is read and on its way, and events say when it arrives."""
         self.wait()

@@ -125,7 +125,7 @@ def allocate_on_device(
     # Whatever fails, nothing is given back while a copy or kernel still uses it.
     stack.callback(device.synchronize)
     readers = stack.enter_context(closing(Workers(READER_THREADS, "reader")))
-    link = Link(device, arena, pieces, readers, cupy.cuda.Stream(non_blocking=True))
+    link = stack.enter_context(closing(Link(device, arena, pieces, readers, cupy.cuda.Stream(non_blocking=True))))
     key_size = {"slots": size.key_slots, "tokens": size.key_chunk, "heads": size.heads}
     query_size = {"slots": size.query_slots, "tokens": size.query_chunk, "heads": size.heads}
     keys, values = (DevicePages(source, link, **key_size) for source in (inputs.k, inputs.v))

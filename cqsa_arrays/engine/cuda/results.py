@@ -71,7 +71,7 @@ class DeviceOutput:
     def __init__(self, sink: Sink, kernel: CudaKernel, arena: Arena, slot: OutputSlot, dtype: np.dtype) -> None:
         self._sink, self._kernel, self._piece_rows, self._dtype = sink, kernel, slot.rows, dtype
         self._device = cupy.cuda.Device()
-        self._places = queue.SimpleQueue[Any]()
+        self._places, self._piece_bytes = queue.SimpleQueue[Any](), slot.size_bytes
         for memory in arena.take((OUTPUT_SLOTS, slot.size_bytes), np.uint8):
             self._places.put(memory)
         self._ways: queue.SimpleQueue[Way] = queue.SimpleQueue()
@@ -99,8 +99,9 @@ class DeviceOutput:
 
     def _send(self, ready: Event, state: DeviceState, where: tuple[Range, Range, Range], left: _Countdown) -> None:
         """One piece, all of its way; runs in a thread of its own, which waits for the device without holding others."""
-        way = self._way()
+        way = None
         try:
+            way = self._way()
             with self._device, way.stream:
                 assert state.statistics is not None
                 way.stream.wait_event(ready)
@@ -113,18 +114,19 @@ class DeviceOutput:
             self._sink.write_out(*where, out)
             self._sink.write_lse(*where, lse)
         finally:
-            self._ways.put(way)
+            if way is not None:
+                self._ways.put(way)
             left.one_done()
 
     def _way(self) -> Way:
         """One that is free. Each thread makes one at first, beside the launches: a stream takes a millisecond."""
         with suppress(queue.Empty):
             return self._ways.get_nowait()
-        memory = self._places.get_nowait()  # there are as many as threads
         with self._device:
             # Before other launches: rows that wait for those keep a state's memory from what comes next.
             stream = Stream(non_blocking=True, priority=-1)
-            return Way(memory, pinned_piece(memory.size), stream)
+            host = pinned_piece(self._piece_bytes)
+            return Way(self._places.get_nowait(), host, stream)  # there are as many places as threads
 
     def _cut(self, memory: Any, state: BlockStatistics) -> tuple[Any, Any, int]:
         """Output, then log-sum-exp on an 8-byte border, of the rows of ``state`` in ``memory``; the bytes of both."""

@@ -9,7 +9,8 @@ from __future__ import annotations
 import hashlib
 import os
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 from cupy.cuda import nvrtc
@@ -17,21 +18,43 @@ from cupy.cuda import nvrtc
 from ...errors import DeviceError
 
 
-def compiled(text: str, options: Sequence[str]) -> Path:
+@contextmanager
+def compiled(text: str, options: Sequence[str]) -> Iterator[Path]:
     """A file with the machine code of ``text``, compiled unless it is there from an earlier time.
 
-    It lies in ``CUPY_CACHE_DIR``, or ``~/.cupy/kernel_cache``. Raises ``DeviceError`` with the compiler's log.
+    It lies in ``CUPY_CACHE_DIR``, or ``~/.cupy/kernel_cache``; where that cannot be written, it is removed when it was
+    used. Raises ``DeviceError`` with the compiler's log.
     """
     key = repr((text, tuple(options), nvrtc.getVersion()))
     directory = Path(os.environ.get("CUPY_CACHE_DIR") or Path.home() / ".cupy" / "kernel_cache")
     path = directory / f"cqsa_{hashlib.sha256(key.encode()).hexdigest()[:40]}.cubin"
-    if not path.exists():
-        code = _compile(text, options)
-        directory.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=directory, delete=False) as file:
+    if path.exists():
+        yield path
+        return
+    code = _compile(text, options)
+    try:
+        _keep(code, path)
+    except OSError:
+        with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
             file.write(code)
-        os.replace(file.name, path)  # whole, whoever else compiles the same
-    return path
+            file.flush()
+            yield Path(file.name)
+    else:
+        yield path
+
+
+def _keep(code: bytes, path: Path) -> None:
+    """The file at ``path`` is whole, whoever else compiles the same and whatever happens meanwhile."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as file:
+        try:
+            file.write(code)
+            file.flush()
+            os.fsync(file.fileno())
+            os.replace(file.name, path)
+        except BaseException:
+            os.remove(file.name)
+            raise
 
 
 def _compile(text: str, options: Sequence[str]) -> bytes:

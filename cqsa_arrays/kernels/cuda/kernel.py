@@ -1,7 +1,8 @@
 """The CUDA kernel family: one launch for one query block against its key blocks, on the current stream of CuPy.
 
-A row's arithmetic depends on the order and lengths of the key blocks alone, and nothing is added atomically: the same
-calls give the same bits.
+A row's arithmetic depends on the order and lengths of the key blocks, and nothing is added atomically: the same calls
+give the same bits. Of 16-bit elements it depends on the 32 rows around it, too, which are rescaled together: launches
+of one job begin at multiples of 32 rows of a chunk.
 """
 
 from __future__ import annotations
@@ -47,14 +48,18 @@ def load(variant: Variant, device_index: int) -> Any:
     note.start()
     try:
         if variant.architecture is None:
-            module = cupy.RawModule(code=flattened(variant.source), options=variant.options)
-        else:
-            options = (*variant.options, "-ftz=true", f"-arch={variant.architecture}")  # the first as CuPy does
-            module = cupy.RawModule(path=str(compiled(flattened(variant.source), options)))
-        function = module.get_function("attend")
-        function.max_dynamic_shared_size_bytes = variant.shared_bytes
+            return _attend(cupy.RawModule(code=flattened(variant.source), options=variant.options), variant)
+        options = (*variant.options, "-ftz=true", f"-arch={variant.architecture}")  # the first as CuPy does
+        with compiled(flattened(variant.source), options) as path:
+            return _attend(cupy.RawModule(path=str(path)), variant)
     finally:
         note.cancel()
+
+
+def _attend(module: Any, variant: Variant) -> Any:
+    """The kernel of a module, which is loaded by asking for shared memory."""
+    function = module.get_function("attend")
+    function.max_dynamic_shared_size_bytes = variant.shared_bytes
     return function
 
 

@@ -62,12 +62,13 @@ class Variant:
 
     @property
     def span_keys(self) -> int:
-        """Keys accumulated from zero before one merge into the state.
+        """Keys accumulated from zero before one merge into the state, whole tiles: a kernel waits for ever for a rest.
 
         The error of a float32 sum grows with the root of its length, that of the merges with the root of their number;
         pairs of parts have sums of one tile, and 16-bit elements do not show either.
         """
-        return SPAN_KEYS.get(self.source, 1024 if self.element == "float32" else 32768)
+        most = SPAN_KEYS.get(self.source, 1024 if self.element == "float32" else 32768)
+        return most // self.block_keys * self.block_keys
 
     @property
     def architecture(self) -> str | None:
