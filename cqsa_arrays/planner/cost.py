@@ -27,6 +27,7 @@ class Rates:
     )  # fmt: skip
     # Short vectors do not make a pair of a query and a key quicker than this: its exponential takes as long.
     device_pair_s: float = 0.41e-12
+    # Parts of a step are multiples of it; a kernel rescales up to 32 rows together, so that parts must be, too.
     device_wave_rows: int = 132 * 192
     # Each launch begins and ends every row that it takes: operands come, a state is read and written.
     row_launch_s: float = 0.65e-9

@@ -279,3 +279,15 @@ def test_states_wait_on_the_host_where_the_device_has_no_room_and_on_the_disk_wh
     assert tighter.chosen.scratch_bytes == 2 * (1 << 20) * 66 * 4
     assert "in page-locked memory of the host" in str(tight)
     assert "in a scratch file" in str(tighter)
+
+
+def test_parts_of_a_step_begin_at_whole_warps_of_rows() -> None:
+    """A kernel rescales 32 rows together: parts that cut such rows would give other bits than whole steps."""
+    parts = set()
+    for tokens in (1 << 22, 1 << 26, 1 << 30):
+        for dim in (8, 64, 128):
+            plan = plan_for(problem(heads=1, queries=tokens, dim=dim, dtype="float16"), 4 << 30)
+            if plan.part_rows < plan.chosen.residency.query_chunk:
+                parts.add(plan.part_rows)
+    assert len(parts) > 1
+    assert all(rows % 32 == 0 for rows in parts)
