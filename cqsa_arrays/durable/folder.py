@@ -74,7 +74,7 @@ class JobFolder:
                 if OWN.fullmatch(name):
                     with suppress(FileNotFoundError):
                         os.remove(os.path.join(self.path, name))
-            with suppress(FileNotFoundError, OSError):  # somebody else's files are in it
+            with suppress(OSError):  # somebody else's files are in it
                 os.rmdir(self.path)
         except OSError as error:
             raise StorageError(f"{self.path}: cannot be removed: {error.strerror}.") from error

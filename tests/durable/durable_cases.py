@@ -173,6 +173,24 @@ class Killed:
         return call
 
 
+class Fault:
+    """At the ``at``-th call of ``os.<name>`` does something first, or instead; the calls before and after are usual."""
+
+    def __init__(self, name: str, at: int, what: Callable, always: bool = False) -> None:
+        self._name, self._at, self._what, self._always, self._count = name, at, what, always, 0
+
+    def __call__(self) -> None:
+        usual = getattr(os, self._name)
+
+        def call(*arguments, **named):
+            self._count += 1
+            if self._count == self._at or (self._always and self._count > self._at):
+                return self._what(usual, *arguments, **named)
+            return usual(*arguments, **named)
+
+        setattr(os, self._name, call)
+
+
 class KilledAtCommit:
     """Kills the process when the ``at``-th commit of its job is made: the first names the lane's process."""
 
