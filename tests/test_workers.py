@@ -118,13 +118,15 @@ def test_one_of_several_errors_is_raised() -> None:
     assert raised.value in errors
 
 
-def test_a_batch_that_is_dropped_begins_nothing_more_and_raises_nothing() -> None:
+@pytest.mark.parametrize("fails", [False, True])
+def test_a_batch_that_is_dropped_begins_nothing_more_and_raises_nothing(fails) -> None:
     begun, go_on = [], threading.Event()
 
     def work(item: int) -> None:
         begun.append(item)
         go_on.wait(LONG_S)
-        raise ValueError
+        if fails:
+            raise ValueError
 
     with closing(Workers(1, "dropped")) as workers:
         batch = workers.start(range(100), work)
