@@ -11,7 +11,7 @@
 // which the compiler does only where these call no function: all is inlined.
 //
 // Shared memory: queries and the ring, in atoms of 64 columns (wgmma.cuh), and the barriers:
-//   SHARED_BYTES = 2 * (BLOCK_ROWS H + STAGES BLOCK_KEYS (H + V)) + 48 STAGES + 40,  H and V rounded up to multiples of 64
+//   SHARED_BYTES = 2 * (BLOCK_ROWS H + STAGES BLOCK_KEYS (H + V)) + 48 STAGES + 32,  H and V rounded up to multiples of 64
 //
 // Sources: Shah et al., "FlashAttention-3", arXiv 2407.08608 (groups that copy and compute, turns, products beside the
 // softmax); PTX ISA on wgmma, mbarrier and setmaxnreg.
@@ -53,19 +53,21 @@ __device__ __forceinline__ void pass_turn(int group) {
 // Read by the lane that leaves the place, for all of its warp.
 __device__ __forceinline__ Tile tile_at(const Shared& shared, Ring at) {
     Tile tile = {};
-    if (threadIdx.x % 32 == 0) tile = shared.tiles[at.stage];
+    if (threadIdx.x % 32 == 0) {
+        const Tile& here = shared.tiles[at.stage];
+        tile.piece = here.piece, tile.offset = here.offset, tile.flags = here.flags;
+    }
     return {__shfl_sync(~0u, tile.piece, 0), __shfl_sync(~0u, tile.offset, 0), __shfl_sync(~0u, tile.flags, 0), 0};
 }
 
-// Hide the scores of a tile that some rows do not see. An infinity or NaN among its values is noted: a weight of 0 does not
-// keep it from a row.
-__device__ __forceinline__ void hide_unseen(Scores& scores, const Call& call, Shared& shared, Ring at) {
+// Until the values of a tile are there; by the same lane is kept whether some rows must not meet them.
+__device__ __forceinline__ void await_values(const Shared& shared, Ring at, int& irregular) {
     barrier_wait(barrier_of(shared.value_full, at), at.parity);
-    auto pairs = reinterpret_cast<const uint32*>(shared.values[at.stage]);
-    bool found = false;
-#pragma unroll 1
-    for (int i = thread_now() % 128; i < int(VALUE_TILE) / 4; i += 128) found |= irregular_pair(pairs[i]);
-    if (found) shared.irregular = 1;
+    if (threadIdx.x % 32 == 0) irregular |= shared.tiles[at.stage].irregular;
+}
+
+// Hide the scores of a tile that some rows do not see.
+__device__ __forceinline__ void hide_unseen(Scores& scores, const Call& call, const Shared& shared, Ring at) {
     const Tile tile = tile_at(shared, at);
     const Piece& piece = call.pieces[tile.piece];
     hide(scores, call, shared.block.row, piece.start + tile.offset, int(least(piece.tokens - tile.offset, BLOCK_KEYS)));
@@ -77,13 +79,18 @@ __device__ __forceinline__ void leave(const unsigned long long (&empty)[STAGES],
     if (threadIdx.x % 32 == 0) barrier_arrive(barrier_of(empty, at));
 }
 
-// The tiles of one span, the first of which is here. Returns the flags of the last one; the ring stands behind it.
-__device__ __forceinline__ int attend_span(
-    Rows& rows, const Call& call, Shared& shared, Ring& ring, int group, float c) {
+struct SpanSeen {
+    bool last, irregular;  // no keys come after it; a weight of 0 does not keep a value of it from a row
+};
+
+// The tiles of one span, the first of which is here; the ring stands behind the last one then.
+__device__ __forceinline__ SpanSeen attend_span(
+    Rows& rows, const Call& call, const Shared& shared, Ring& ring, int group, float c) {
     const uint32 queries = shared_address(shared.queries[0][group * 64]);
     const uint32 keys = shared_address(shared.keys), values = shared_address(shared.values);
     Scores scores;
     Weights weights;
+    int irregular = 0;
     take_turn(group);
     products_begin();
     issue_scores(scores, queries, keys + ring.stage * KEY_TILE);
@@ -101,7 +108,7 @@ __device__ __forceinline__ int attend_span(
         take_turn(group);
         products_begin();
         issue_scores(scores, queries, keys + next.stage * KEY_TILE);
-        barrier_wait(barrier_of(shared.value_full, ring), ring.parity);
+        await_values(shared, ring, irregular);
         issue_values(rows, weights, values + ring.stage * VALUE_TILE);
         pass_turn(group);
         products_done<1>();
@@ -119,7 +126,7 @@ __device__ __forceinline__ int attend_span(
         pack(weights, scores);
         ring = next;
     }
-    barrier_wait(barrier_of(shared.value_full, ring), ring.parity);
+    await_values(shared, ring, irregular);
     take_turn(group);
     products_begin();
     issue_values(rows, weights, values + ring.stage * VALUE_TILE);
@@ -127,7 +134,7 @@ __device__ __forceinline__ int attend_span(
     products_done<0>();
     leave(shared.value_empty, ring);
     ring = ring.next();
-    return flags;
+    return {bool(flags & LAST), bool(__shfl_sync(~0u, irregular, 0))};
 }
 
 // Merge the span into the state, or finish the rows: every quad of lanes its two rows, 32 bytes of float32 at once.
@@ -166,19 +173,19 @@ __device__ __forceinline__ void attend_rows(const Call& call, const BlockView& v
         barrier_wait(barrier_of(shared.key_full, ring), ring.parity);
         if (threadIdx.x == 0)
             shared.span_piece = shared.tiles[ring.stage].piece, shared.span_offset = shared.tiles[ring.stage].offset;
-        bool last = attend_span(rows, call, shared, ring, group, c) & LAST;
+        const SpanSeen span = attend_span(rows, call, shared, ring, group, c);
         meet();
-        bool irregular = shared.irregular, fresh = shared.fresh;
+        bool fresh = shared.fresh;
         int piece = shared.span_piece, offset = shared.span_offset;
         meet();
         if (threadIdx.x == 0) shared.fresh = 0;
-        if (irregular) {
+        if (span.irregular) {
             *const_cast<volatile int*>(&shared.stop) = 1;
             return simple_rows_here<ELEMENT, float, BLOCK_ROWS, BLOCK_KEYS, COMPUTING>(
                 call, shared.block, view, Walk<BLOCK_KEYS>::back_at(call, view, piece, offset), fresh);
         }
-        end_span(rows, call, shared.block, {fresh, last}, c);
-        if (last) break;
+        end_span(rows, call, shared.block, {fresh, span.last}, c);
+        if (span.last) break;
     }
     if (group == 0) take_turn(group);  // the last group's
 }

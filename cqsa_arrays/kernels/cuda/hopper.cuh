@@ -12,9 +12,10 @@ static_assert(BLOCK_ROWS == 64 * GROUPS && THREADS == COMPUTING + COPYING, "64 r
 
 enum TileFlags { PARTIAL = 1, ENDS_SPAN = 2, LAST = 4 };
 
-// The keys of a stage: tokens `offset` .. of a piece.
+// The keys of a stage: tokens `offset` .. of a piece. `irregular`, written with the values: an infinity or NaN is among
+// those that some rows do not see.
 struct Tile {
-    int piece, offset, flags, unused;
+    int piece, offset, flags, irregular;
 };
 
 struct Shared {
@@ -26,7 +27,6 @@ struct Shared {
     unsigned long long key_full[STAGES], key_empty[STAGES], value_full[STAGES], value_empty[STAGES];  // barriers
     int span_piece, span_offset;  // where the span began
     int fresh;                    // the state is empty before it
-    int irregular;                // an infinity or NaN was met where a row may not see it
     int stop;                     // nothing more is to be copied
 };
 static_assert(sizeof(Shared) == SHARED_BYTES, "the host computes the same size");
@@ -49,17 +49,24 @@ __device__ __forceinline__ void begin_barriers(Shared& shared) {
         barrier_init(barrier_of(shared.key_full, {s, 0}), COPYING), barrier_init(barrier_of(shared.value_full, {s, 0}), COPYING);
         barrier_init(barrier_of(shared.key_empty, {s, 0}), 4 * GROUPS);
         barrier_init(barrier_of(shared.value_empty, {s, 0}), 4 * GROUPS);
+        shared.tiles[s].irregular = 0;  // and once it is 1, nothing comes after the span
     }
-    shared.irregular = shared.stop = 0;
+    shared.stop = 0;
 }
+
+// The 16-byte words of an atom that a thread of a copying group copies: `word` of the rows `row`, `row` + PASS ...
+struct Words {
+    static constexpr int PASS = 128 / 8;
+    int row = threadIdx.x % 128 / 8, word = threadIdx.x % 8;
+};
 
 // TOKENS rows of `columns` elements to ATOMS atoms, by 128 threads; rows from `count` on and columns from `columns` on
 // become zero.
 template <int ATOMS, int TOKENS>
 __device__ __forceinline__ void copy_atoms(uint32 to, const uint16* from, int64 stride, int count, int columns) {
-    constexpr int PASS = 128 / 8;
+    constexpr int PASS = Words::PASS;
     static_assert(TOKENS % PASS == 0 && PASS % 8 == 0, "whole passes, whole turns of the swizzle");
-    int thread = threadIdx.x % 128, row = thread / 8, word = thread % 8;
+    auto [row, word] = Words();
 #pragma unroll
     for (int atom = 0; atom < ATOMS; ++atom) {
         bool wanted = atom * ATOM + word * 8 < columns;
@@ -72,34 +79,53 @@ __device__ __forceinline__ void copy_atoms(uint32 to, const uint16* from, int64 
     }
 }
 
+// Whether an infinity or NaN is among what this thread copied.
+template <int ATOMS, int TOKENS>
+__device__ __forceinline__ bool copied_irregular(const uint16 (&atoms)[ATOMS][TOKENS][ATOM]) {
+    auto [row, word] = Words();
+    bool found = false;
+#pragma unroll 1
+    for (int atom = 0; atom < ATOMS; ++atom)
+#pragma unroll 1
+        for (int at = row; at < TOKENS; at += Words::PASS) {
+            auto pairs = *reinterpret_cast<const uint4*>(&atoms[atom][at][8 * (word ^ at % 8)]);
+            found |= irregular_pair(pairs.x) || irregular_pair(pairs.y) || irregular_pair(pairs.z) || irregular_pair(pairs.w);
+        }
+    return found;
+}
+
 // What the copying threads have under way: `full` is the barrier that says when it has arrived, 0 if nothing is.
+// `unseen` is the stage if these are values that some rows do not see, whose weights of 0 keep no infinity from them.
 struct Copies {
-    uint32 full;
+    Shared& shared;
+    uint32 full = 0;
+    int unseen = -1;
 
     __device__ __forceinline__ void arrived() {
+        if (unseen >= 0 && copied_irregular(shared.values[unseen])) shared.tiles[unseen].irregular = 1;
         show_to_products();
         barrier_arrive(full);
         full = 0;
     }
     // The next copies are issued; those before them arrive first.
-    __device__ __forceinline__ void issued(uint32 barrier) {
+    __device__ __forceinline__ void issued(uint32 barrier, int unseen_stage) {
         copies_issued();
         if (full) {
             asm volatile("cp.async.wait_group 1;" ::: "memory");
             arrived();
         }
-        full = barrier;
+        full = barrier, unseen = unseen_stage;
     }
     __device__ __forceinline__ void finish() {
         copies_arrived();
         if (full) arrived();
     }
     // Until a place is empty; who waits for what is under way is told of it before. False: nothing more is wanted.
-    __device__ __forceinline__ bool wait(uint32 empty, uint32 parity, const volatile int& stop) {
+    __device__ __forceinline__ bool wait(uint32 empty, uint32 parity) {
         if (barrier_passed(empty, parity)) return true;
         finish();
         while (!barrier_passed(empty, parity))
-            if (stop) return false;
+            if (*const_cast<const volatile int*>(&shared.stop)) return false;
         return true;
     }
 };
@@ -108,7 +134,7 @@ struct Copies {
 __device__ __forceinline__ void copy_tiles(const Call& call, const BlockView& view, Shared& shared) {
     const Place block = shared.block;
     Walk<BLOCK_KEYS> walk(call, view);
-    Copies copies = {0};
+    Copies copies = {shared};
     int span_keys = 0;
     for (Ring ring = {0, 1}; walk.more(call); ring = ring.next()) {
         const Piece& piece = call.pieces[walk.piece];
@@ -117,17 +143,20 @@ __device__ __forceinline__ void copy_tiles(const Call& call, const BlockView& vi
         walk.step(call, view), span_keys += BLOCK_KEYS;
         if (!walk.more(call)) tile.flags |= LAST | ENDS_SPAN;
         if (span_keys >= call.span_keys) tile.flags |= ENDS_SPAN, span_keys = 0;
-        if (!copies.wait(barrier_of(shared.key_empty, ring), ring.parity, shared.stop)) break;
-        if (threadIdx.x % 128 == 0) shared.tiles[ring.stage] = tile;
+        if (!copies.wait(barrier_of(shared.key_empty, ring), ring.parity)) break;
+        if (threadIdx.x % 128 == 0) {
+            Tile& place = shared.tiles[ring.stage];
+            place.piece = tile.piece, place.offset = tile.offset, place.flags = tile.flags;
+        }
         auto keys = static_cast<const uint16*>(piece.keys) + element_of(call.key_strides, block, tile.offset);
         copy_atoms<KEY_ATOMS, BLOCK_KEYS>(
             shared_address(shared.keys[ring.stage]), keys, call.key_strides.token, count, call.head_dim);
-        copies.issued(barrier_of(shared.key_full, ring));
-        if (!copies.wait(barrier_of(shared.value_empty, ring), ring.parity, shared.stop)) break;
+        copies.issued(barrier_of(shared.key_full, ring), -1);
+        if (!copies.wait(barrier_of(shared.value_empty, ring), ring.parity)) break;
         auto values = static_cast<const uint16*>(piece.values) + element_of(call.value_strides, block, tile.offset);
         copy_atoms<VALUE_ATOMS, BLOCK_KEYS>(
             shared_address(shared.values[ring.stage]), values, call.value_strides.token, count, call.value_dim);
-        copies.issued(barrier_of(shared.value_full, ring));
+        copies.issued(barrier_of(shared.value_full, ring), tile.flags & PARTIAL ? int(ring.stage) : -1);
     }
     copies.finish();
 }

@@ -134,7 +134,7 @@ def _half_bytes(tile: Tile, head_dim: int, value_dim: int) -> int:
 def _hopper_bytes(tile: Tile, head_dim: int, value_dim: int) -> int:
     """Queries, a ring of key and value tiles, what the ring's barriers take."""
     head, value = (-(-dim // 64) * 64 for dim in (head_dim, value_dim))
-    return 2 * (tile.rows * head + tile.stages * tile.keys * (head + value)) + 48 * tile.stages + 40
+    return 2 * (tile.rows * head + tile.stages * tile.keys * (head + value)) + 48 * tile.stages + 32
 
 
 def _single_bytes(tile: Tile, head_dim: int, value_dim: int) -> int:
