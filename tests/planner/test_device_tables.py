@@ -24,6 +24,7 @@ from cqsa_arrays.planner.memory import (
     PINNED_PIECES,
     READER_THREADS,
     THREAD_BYTES,
+    output_slot,
 )
 
 MACHINE = Machine(2, 16 << 30, Rates(), gpu=True)
@@ -118,7 +119,7 @@ CASES = {
         lambda one: rectangular_candidate(one, MACHINE, (1, 1), 3 * 128, 2),
         {
             "key chunks": 3 * 384 * 16 * 4, "value chunks": 3 * 384 * 16 * 4, "query chunks": 2 * 512 * 16 * 4,
-            "states": 2 * 512 * 18 * 4, "output pieces": OUTPUT_SLOTS * whole(512 * (16 * 4 + 4) + 8),
+            "states": 2 * 512 * 18 * 4, "output pieces": OUTPUT_SLOTS * 512 * 16 * 4,
         },
         {
             "page-locked pieces": PINNED, "page-locked output": OUTPUT_SLOTS * PINNED_PIECE_BYTES,
@@ -163,6 +164,19 @@ def test_both_tables_by_hand(name) -> None:
     assert {term.name: term.size_bytes for term in candidate.host_terms} == machine
     assert candidate.memory_bytes == sum(device.values())
     assert candidate.tile_tokens == DEVICE_TILE_TOKENS
+
+
+@pytest.mark.parametrize("place", ["file", "array"])
+@pytest.mark.parametrize("dim", [8, 64, 100, 128, 1 << 20, (1 << 20) + 1])
+def test_rows_leave_through_pieces_that_are_kept_unless_one_row_is_more(dim, place) -> None:
+    """A piece that is a little larger would be locked and unlocked by every run, a millisecond each."""
+    one = problem(queries=1 << 20, dim=8, value_dim=dim, dtype="float32", place=place)
+    slot = output_slot(one, cqs_candidate(one, MACHINE, (1, 1), "memory", 1).residency)
+    lse_bytes = 4 if place == "file" else 0
+    assert slot.lse_itemsize == lse_bytes
+    assert slot.size_bytes == whole(slot.rows * (4 * dim + lse_bytes) + 2 * lse_bytes)
+    assert slot.size_bytes <= PINNED_PIECE_BYTES or slot.rows == 1
+    assert (slot.rows + 1) * (4 * dim + lse_bytes) > PINNED_PIECE_BYTES - 2 * lse_bytes
 
 
 @st.composite

@@ -69,9 +69,9 @@ class DeviceOutput:
     home = None
 
     def __init__(self, sink: Sink, kernel: CudaKernel, arena: Arena, slot: OutputSlot, dtype: np.dtype) -> None:
-        self._sink, self._kernel, self._piece_rows, self._dtype = sink, kernel, slot.rows, dtype
+        self._sink, self._kernel, self._slot, self._dtype = sink, kernel, slot, dtype
         self._device = cupy.cuda.Device()
-        self._places, self._piece_bytes = queue.SimpleQueue[Any](), slot.size_bytes
+        self._places = queue.SimpleQueue[Any]()
         for memory in arena.take((OUTPUT_SLOTS, slot.size_bytes), np.uint8):
             self._places.put(memory)
         self._ways: queue.SimpleQueue[Way] = queue.SimpleQueue()
@@ -85,7 +85,7 @@ class DeviceOutput:
         self._raise_errors()
         ready, state = finished.lane.record(), finished.state.statistics
         assert state is not None, "rows leave through a state"
-        cut = Cut(len(finished.rows), -(-len(finished.rows) // self._piece_rows), 1)
+        cut = Cut(len(finished.rows), -(-len(finished.rows) // self._slot.rows), 1)
         batches = list(enumerate(finished.group.batch.split(1)))
         pieces = [(b, batch, piece) for b, batch in batches for piece in map(cut.__getitem__, range(len(cut)))]
         left = _Countdown(len(pieces), lambda: finished.release(None))
@@ -112,7 +112,8 @@ class DeviceOutput:
                 way.stream.synchronize()
             out, lse, _ = self._cut(way.host, state.statistics)
             self._sink.write_out(*where, out)
-            self._sink.write_lse(*where, lse)
+            if lse is not None:
+                self._sink.write_lse(*where, lse)
         finally:
             if way is not None:
                 self._ways.put(way)
@@ -125,18 +126,20 @@ class DeviceOutput:
         with self._device:
             # Before other launches: rows that wait for those keep a state's memory from what comes next.
             stream = Stream(non_blocking=True, priority=-1)
-            host = pinned_piece(self._piece_bytes)
+            host = pinned_piece(self._slot.size_bytes)
             return Way(self._places.get_nowait(), host, stream)  # there are as many places as threads
 
-    def _cut(self, memory: Any, state: BlockStatistics) -> tuple[Any, Any, int]:
+    def _cut(self, memory: Any, state: BlockStatistics) -> tuple[Any, Any | None, int]:
         """Output, then log-sum-exp on an 8-byte border, of the rows of ``state`` in ``memory``; the bytes of both."""
         shape, dim = state.acc.shape[:3], state.acc.shape[3]
         count = int(np.prod(shape))
         out_bytes = count * dim * self._dtype.itemsize
+        out = memory[:out_bytes].view(self._dtype).reshape(*shape, dim)
+        if not self._slot.lse_itemsize:
+            return out, None, out_bytes
         begin = -(-out_bytes // 8) * 8
-        end = begin + count * state.m.itemsize
-        lse = memory[begin:end].view(state.m.dtype).reshape(shape)
-        return memory[:out_bytes].view(self._dtype).reshape(*shape, dim), lse, end
+        end = begin + count * self._slot.lse_itemsize
+        return out, memory[begin:end].view(state.m.dtype).reshape(shape), end
 
     def _raise_errors(self) -> None:
         """Drop what is written; an error of the writing is raised."""
