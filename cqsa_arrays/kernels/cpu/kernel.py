@@ -6,19 +6,14 @@ any number of threads. Each ``CpuKernel`` owns its threads and scratch: concurre
 
 from __future__ import annotations
 
-import logging
-import threading
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
-from typing import Any
+from collections.abc import Callable, Sequence
 
 import numpy as np
-from numba.core import event
 
 from ...block_statistics import BlockStatistics
 from ...buffers import allocate
+from ...compiled import entry_point
 from ...ranges import Range
 from ...workers import Workers
 from ..base import KeyBlock
@@ -26,64 +21,10 @@ from .attend import attend_group, signature
 from .intrinsics import host_tile
 from .tiles import group_panels
 
-logger = logging.getLogger("cqsa_arrays")
-# A kernel loads from the cache on disk well within this; only a compilation takes longer.
-_PATIENCE_S = 0.7
-# What LLVM takes to load a kernel and to compile one, and the stack for it: where it is refused memory it ends the
-# process, so it is not begun without.
-LOADING_BYTES, COMPILING_BYTES = 36 << 20, 68 << 20
-COMPILER_STACK_BYTES = 8 << 20
-
 
 def load(dtype: str) -> Callable[..., None]:
-    """``attend_group`` for "float32" or "float64", compiled or loaded from Numba's cache on disk.
-
-    The compiled function itself, past Numba's dispatcher: that would compile anew for every combination of strides.
-    Another thread loads it: llvmlite calls back through ctypes meanwhile, where the exception of a signal, which comes
-    to the main thread, would be lost and the job go on. Raises MemoryError where the system refuses what that takes.
-    """
-    wanted = signature(dtype)
-    if wanted.args not in attend_group.overloads:
-        allocate(LOADING_BYTES, np.uint8)
-    text = "compiling the %s kernel for this processor (once; later runs load it from disk)"
-    note = threading.Timer(_PATIENCE_S, logger.info, [text, dtype])
-    note.daemon = True
-    note.start()
-    try:
-        if wanted.args not in attend_group.overloads:
-            with _deep_stacks(), ThreadPoolExecutor(1, thread_name_prefix="cqsa-load") as pool:
-                pool.submit(_compile, wanted).result()
-    finally:
-        note.cancel()
-    compiled: Callable[..., None] = attend_group.overloads[wanted.args].entry_point
-    return compiled
-
-
-def _compile(wanted: Any) -> None:
-    with event.install_listener("numba:compile", _RoomToCompile()):
-        attend_group.compile(wanted)
-
-
-class _RoomToCompile(event.Listener):
-    """Numba says that its cache on disk has no such kernel: the system is asked for room, which goes back at once."""
-
-    def on_start(self, event: Any) -> None:
-        if event.data["dispatcher"] is attend_group:
-            allocate(COMPILING_BYTES, np.uint8)
-
-    def on_end(self, event: Any) -> None:
-        """Nothing to do."""
-
-
-@contextmanager
-def _deep_stacks() -> Iterator[None]:
-    """New threads have stacks that a compiler can do with, where the process has asked for smaller ones."""
-    before = threading.stack_size()  # 0: the default
-    threading.stack_size(before and max(before, COMPILER_STACK_BYTES))
-    try:
-        yield
-    finally:
-        threading.stack_size(before)
+    """``attend_group`` for "float32" or "float64", compiled or loaded from disk; see ``compiled.entry_point``."""
+    return entry_point(attend_group, signature(dtype), f"{dtype} kernel")
 
 
 class CpuKernel:
