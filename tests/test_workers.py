@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cqsa_arrays.workers import Workers
+from cqsa_arrays.workers import Workers, kept_workers
 
 LONG_S = 30  # only ever waited for by a test that fails
 
@@ -137,6 +137,86 @@ def test_a_batch_that_is_dropped_begins_nothing_more_and_raises_nothing(fails) -
     assert begun == [0]
 
 
+@pytest.mark.parametrize("threads", [1, 3])
+def test_what_follows_a_batch_is_called_once_when_all_is_done(threads) -> None:
+    done, found = [], []
+    with closing(Workers(threads, "then")) as workers:
+        batch = workers.start(range(50), done.append, lambda: found.append(len(done)))
+        batch.wait()
+    assert found == [50]
+    assert batch.over
+
+
+def test_nothing_follows_a_batch_that_fails() -> None:
+    found = []
+
+    def work(item: int) -> None:
+        if item == 7:
+            raise ValueError
+
+    with closing(Workers(2, "then")) as workers, pytest.raises(ValueError):  # noqa: PT011
+        workers.start(range(50), work, lambda: found.append("then")).wait()
+    assert found == []
+
+
+def test_batches_are_begun_in_the_order_of_their_calls() -> None:
+    begun, go_on = [], threading.Event()
+    with closing(Workers(2, "order")) as workers:
+        batches = [
+            workers.start([(batch, item) for item in range(20)], lambda item: (begun.append(item), go_on.wait(LONG_S)))
+            for batch in range(3)
+        ]
+        assert not any(batch.over for batch in batches)
+        go_on.set()
+        for batch in batches:
+            batch.wait()
+    firsts = [begun.index((batch, 0)) for batch in range(3)]
+    assert firsts == sorted(firsts)
+    assert firsts[1] >= 18
+    assert firsts[2] >= 38
+
+
+def test_kept_threads_work_for_the_next_who_asks() -> None:
+    def names() -> set[str]:
+        found = set()
+        with kept_workers(1, "kept") as workers:
+            workers.run(range(3), lambda item: found.add(threading.get_ident()))
+        return found
+
+    assert names() == names()
+    with kept_workers(1, "kept") as one, kept_workers(1, "kept") as other:
+        assert one is not other
+        other.run(range(3), lambda item: None)
+    assert len(alive("kept")) == 1
+    other.submit(lambda: None).result(LONG_S)  # the first to be given back is kept
+    with pytest.raises(RuntimeError):
+        one.submit(lambda: None)
+    with kept_workers(1, "kept") as workers:
+        assert workers is other
+
+
+FORKED = """
+import os, time
+from cqsa_arrays.workers import kept_workers
+
+def run():
+    with kept_workers(2, "kept") as workers:
+        workers.run(range(4), lambda item: time.sleep(0.02))
+
+run()
+time.sleep(0.1)
+if (child := os.fork()) == 0:
+    run()
+    os._exit(0)
+print(os.waitpid(child, 0)[1])
+"""
+
+
+def test_a_copy_of_the_process_begins_threads_of_its_own() -> None:
+    call = [sys.executable, "-W", "ignore::DeprecationWarning", "-c", FORKED]
+    assert subprocess.run(call, capture_output=True, text=True, timeout=LONG_S, check=True).stdout == "0\n"
+
+
 def test_two_pools_work_at_the_same_time() -> None:
     both = threading.Barrier(2)
     with closing(Workers(1, "inner")) as inner, closing(Workers(1, "outer")) as outer:
@@ -200,8 +280,8 @@ def test_so_does_one_that_comes_while_the_threads_are_begun() -> None:
     workers, begun = Workers(2, "begun"), []
     submit = workers._pool.submit
 
-    def interrupted(take_items) -> None:
-        submit(take_items)
+    def interrupted(*call) -> None:
+        submit(*call)
         raise KeyboardInterrupt
 
     def work(item: int) -> None:
