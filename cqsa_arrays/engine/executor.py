@@ -72,9 +72,7 @@ def run(
             if work.step is not None:
                 blocks = resident.operands.load(work.step)
                 ahead.request()  # only now is it known which blocks this step has driven out
-                resident.attend(work, *blocks, _tell(plan, work.step, progress))
-                if upcoming is not None and upcoming.step is not None and upcoming.begins_step:
-                    resident.preload(upcoming.group, upcoming.step)
+                resident.attend(work, *blocks, _tell(plan, work.step, progress), upcoming)
             checkpoint.done(work)
             if work.ends_task is not None and not plan.lanes_meet:
                 for rows in cover.finished_by(work.ends_task):

@@ -98,11 +98,13 @@ class Resident(Protocol):
     def begin(self, group: Group) -> None:
         """Turn to another group of heads."""
 
-    def attend(self, work: Work, queries: Any, blocks: list[KeyBlock], done: Callable[[Range], None]) -> None:
-        """Merge the statistics of the rows of ``work`` against its key ranges, loaded last, into their state."""
+    def attend(
+        self, work: Work, queries: Any, blocks: list[KeyBlock], done: Callable[[Range], None], upcoming: Work | None
+    ) -> None:
+        """Merge the statistics of the rows of ``work`` against its key ranges, loaded last, into their state.
 
-    def preload(self, group: Group, step: Step) -> None:
-        """Bring the blocks of the next step over while this one computes, where that is another memory."""
+        Where blocks are computed on in another memory, those of ``upcoming`` begin to be brought there.
+        """
 
     def take(self, group: Group, rows: Range, *, in_place: bool) -> None:
         """Hand out ``rows``, which are finished."""
@@ -140,7 +142,9 @@ class HostResident:
         self.operands.begin(group)
         self.states.begin(group)
 
-    def attend(self, work: Work, queries: Any, blocks: list[KeyBlock], done: Callable[[Range], None]) -> None:
+    def attend(
+        self, work: Work, queries: Any, blocks: list[KeyBlock], done: Callable[[Range], None], upcoming: Work | None
+    ) -> None:
         step = work.step
         assert step is not None
         state = self.states.load(step.queries)
@@ -152,9 +156,6 @@ class HostResident:
         )  # fmt: skip
         if work.ends_step:
             self.states.store(step.queries, state)
-
-    def preload(self, group: Group, step: Step) -> None:
-        """Nothing to do: blocks are read where they are computed on."""
 
     def take(self, group: Group, rows: Range, *, in_place: bool) -> None:
         self.results.take(group, rows, self.states.load(rows), in_place=in_place)

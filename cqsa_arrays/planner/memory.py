@@ -19,8 +19,8 @@ DEVICE_ALIGNMENT = 512
 PINNED_PIECE_BYTES = 4 << 20
 PINNED_PIECES = 8
 # Finished rows leave the device in as large ones, each by a thread of its own.
-OUTPUT_SLOTS = 2
-READER_THREADS = 4
+OUTPUT_SLOTS = 4
+READER_THREADS = 6
 # Where partial states wait between tasks: with the device or process that computes, on a GPU's host, in a file.
 MEMORY, HOST, DISK = "memory", "host", "disk"
 # Rows are finalised (divided and narrowed) in pieces whose float arrays are about this large.

@@ -12,15 +12,19 @@ import os
 import random
 import sys
 import threading
+import traceback
 import types
 from collections import deque
 from collections.abc import Callable
 from contextlib import contextmanager
 from importlib.machinery import ModuleSpec
+from itertools import count
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from types import SimpleNamespace
+from typing import ClassVar
 from unittest.mock import patch
+from weakref import WeakValueDictionary
 
 import ml_dtypes
 import numpy as np
@@ -79,8 +83,13 @@ SIMULATOR = Simulator(0)
 
 
 class Event:
-    def __init__(self, disable_timing: bool = False) -> None:
+    everyone: ClassVar[WeakValueDictionary[int, Event]] = WeakValueDictionary()
+    numbers: ClassVar[count[int]] = count(1)
+
+    def __init__(self, block: bool = False, disable_timing: bool = False) -> None:
         self.recorded = self.reached = 0
+        self.ptr = next(self.numbers)
+        self.everyone[self.ptr] = self
 
     def record(self, stream: Stream | None = None) -> None:
         with SIMULATOR.lock:
@@ -260,6 +269,66 @@ class PinnedMemory:
         self.bytes = np.full(size_bytes, 0xFF, np.uint8)
 
 
+# ---- the driver, as compiled code calls it
+
+
+def driver_function(*kinds: type) -> Callable[[Callable[..., object]], object]:
+    """Makes a C function that returns an error if the Python function raises one."""
+
+    def made(function: Callable[..., object]) -> object:
+        def called(*given: int) -> int:
+            try:
+                function(*given)
+            except (AssertionError, LookupError, CudaError):
+                traceback.print_exc()
+                return CudaError.status
+            return 0
+
+        return ctypes.CFUNCTYPE(ctypes.c_int, *kinds)(called)
+
+    return made
+
+
+ADDRESS, SIZE = ctypes.c_uint64, ctypes.c_size_t
+CONTEXT = 12345
+
+
+@driver_function(ADDRESS)
+def set_context(context: int) -> None:
+    assert context == CONTEXT
+
+
+@driver_function(ADDRESS, ADDRESS, SIZE, ADDRESS)
+def to_device(to: int, source: int, size_bytes: int, stream: int) -> None:
+    memcpy_async(to, source, size_bytes, 1, stream)
+
+
+@driver_function(ADDRESS, ADDRESS, SIZE, ADDRESS)
+def to_host(to: int, source: int, size_bytes: int, stream: int) -> None:
+    memcpy_async(to, source, size_bytes, 2, stream)
+
+
+@driver_function(ADDRESS, ADDRESS)
+def event_record(event: int, stream: int) -> None:
+    Event.everyone[event].record(stream_of(stream))
+
+
+@driver_function(ADDRESS)
+def event_synchronize(event: int) -> None:
+    Event.everyone[event].synchronize()
+
+
+@driver_function(ADDRESS, ADDRESS, ctypes.c_uint)
+def stream_wait(stream: int, event: int, flags: int) -> None:
+    stream_of(stream).wait_event(Event.everyone[event])
+
+
+def driver() -> np.ndarray:
+    """In the order of ``native.DRIVER_FUNCTIONS``."""
+    functions = (set_context, to_device, to_host, event_record, event_synchronize, stream_wait)
+    return np.array([CONTEXT, *(ctypes.cast(each, ctypes.c_void_p).value for each in functions)], np.int64)
+
+
 # ---- the kernel
 
 
@@ -402,9 +471,9 @@ def modules() -> dict[str, types.ModuleType]:
         zeros=lambda shape, dtype: np.zeros(shape, dtype).view(Array), may_share_memory=np.may_share_memory,
         asarray=lambda array: np.asarray(array).view(Array), asnumpy=lambda array: array.get(),
     )  # fmt: skip
-    driver = module("cupy_backends.cuda.api.driver", CUDADriverError=type("CUDADriverError", (RuntimeError,), {}))
+    backend = module("cupy_backends.cuda.api.driver", CUDADriverError=type("CUDADriverError", (RuntimeError,), {}))
     backends = [module(name) for name in ("cupy_backends", "cupy_backends.cuda", "cupy_backends.cuda.api")]
-    return {made.__name__: made for made in (cupy, cuda, runtime, *backends, driver)}
+    return {made.__name__: made for made in (cupy, cuda, runtime, *backends, backend)}
 
 
 @contextmanager
@@ -415,14 +484,17 @@ def simulated_gpu(seed: int):
     ours = ("cupy", "cupy_backends", "cqsa_arrays.engine.cuda", f"{here}.kernel", f"{here}.cubin")
 
     def concerned() -> list[str]:
-        return [name for name in sys.modules if name.startswith(ours)]
+        kept = "cqsa_arrays.engine.cuda.native"  # compiled once; it knows nothing of CuPy
+        return [name for name in sys.modules if name.startswith(ours) and name != kept]
 
     before = {name: sys.modules.pop(name) for name in concerned()}
     SIMULATOR = Simulator(seed)
     Stream()  # the default stream
     sys.modules.update(modules())
     from cqsa_arrays import devices
+    from cqsa_arrays.engine.cuda import transfer
 
+    transfer._driver = driver
     devices._describe.cache_clear()
     try:
         with TemporaryDirectory() as cache, patch.dict(os.environ, CUPY_CACHE_DIR=cache):

@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib
 import os
 import re
-import threading
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -14,6 +13,7 @@ import h5py
 import numpy as np
 import pytest
 import simulated_cuda
+from engine_cases import ours_alive
 from simulated_cuda import lock, simulated_gpu
 
 import cqsa_arrays as cqsa
@@ -29,7 +29,7 @@ by_cover = pytest.mark.parametrize("cover", ["cqs", "rectangular"])
 def gpu(request):
     with simulated_gpu(request.param) as simulator:
         yield simulator
-    assert [thread.name for thread in threading.enumerate() if thread.name.startswith("cqsa-")] == []
+    assert not ours_alive()
 
 
 def qkv(batch=1, heads=2, queries=900, keys=None, dim=16, value_dim=None, dtype="f2"):
@@ -209,7 +209,8 @@ def test_an_error_of_the_result_is_raised(gpu, cover, monkeypatch) -> None:
     def full(*given: object) -> None:
         raise cqsa.StorageError("the disk is full")
 
-    monkeypatch.setattr("cqsa_arrays.storage.ArraySink.write_out", full)
+    transfer = importlib.import_module("cqsa_arrays.engine.cuda.transfer")
+    monkeypatch.setattr(transfer.Transfers, "receive", full)
     with pytest.raises(cqsa.StorageError, match="the disk is full"):
         cqsa.attention(*arrays, **call)
     assert gpu.used_bytes == 0
@@ -235,32 +236,39 @@ def test_an_error_while_a_way_out_is_made_is_raised(gpu, cover, monkeypatch) -> 
 
 @by_cover
 def test_an_interruption_begins_no_further_part_of_the_next_step(gpu, cover, monkeypatch) -> None:
-    pages = importlib.import_module("cqsa_arrays.engine.cuda.pages")
+    link = importlib.import_module("cqsa_arrays.engine.cuda.link")
     resident = importlib.import_module("cqsa_arrays.engine.cuda.resident")
-    usual, read, stopped = pages.DevicePages.bring, [], threading.Event()
+    transfer = importlib.import_module("cqsa_arrays.engine.cuda.transfer")
+    shipments = []
 
-    def bring(self, slot, part) -> None:
-        if stopped.is_set():
-            read.append(part)
-            time.sleep(0.05)
-        usual(self, slot, part)
+    class Noted(transfer.Shipment):
+        def __init__(self, *given) -> None:
+            super().__init__(*given)
+            shipments.append(self)
+
+    class Slow(simulated_cuda.Event):
+        def synchronize(self) -> None:  # before each half of a piece
+            time.sleep(0.01)
+            super().synchronize()
 
     def interrupted(self, *given) -> None:
         raise KeyboardInterrupt
 
-    def preload(self, group, step) -> None:
-        stopped.set()
-        usual_preload(self, group, step)
+    def attend(self, *given) -> None:
+        usual(self, *given)
         monkeypatch.setattr(resident.DeviceResident, "attend", interrupted)
 
-    usual_preload = resident.DeviceResident.preload
-    monkeypatch.setattr(pages.DevicePages, "bring", bring)
-    monkeypatch.setattr(resident.DeviceResident, "preload", preload)
+    usual = resident.DeviceResident.attend
+    monkeypatch.setattr(link, "Shipment", Noted)
+    monkeypatch.setattr(importlib.import_module("cupy").cuda, "Event", Slow)
+    monkeypatch.setattr(resident.DeviceResident, "attend", attend)
     monkeypatch.setattr("cqsa_arrays.planner.memory.PINNED_PIECE_BYTES", 1024)
     monkeypatch.setattr("cqsa_arrays.engine.cuda.memory.PINNED_PIECE_BYTES", 1024)
     with pytest.raises(KeyboardInterrupt):
         cqsa.attention(*qkv(1, 3, 900), causal=True, device="cuda", options=Options(cover=cover, chunks=None))
-    assert len(read) <= resident.READER_THREADS
+    _, done, halves = shipments[1]._counts.tolist()
+    assert len(shipments) == 2
+    assert done <= 3 * link.READER_THREADS < halves / 2
     assert gpu.used_bytes == 0
 
 

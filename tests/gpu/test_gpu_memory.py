@@ -24,7 +24,6 @@ from gpu_cases import (
 import cqsa_arrays as cqsa
 from cqsa_arrays import Options
 from cqsa_arrays.errors import DeviceMemoryError
-from cqsa_arrays.storage import ArraySink
 
 # What a small budget's prediction may be off by.
 SMALL = 12 << 20
@@ -111,12 +110,14 @@ def test_a_budget_that_is_too_small_is_refused_before_anything_is_taken():
 
 
 def test_an_error_midway_gives_the_memory_back(monkeypatch):
+    from cqsa_arrays.engine.cuda.transfer import Transfers
+
     arrays = qkv(1, 3, 2000, 64, dtype="f2")
     call = {"causal": True, "device": "cuda", "memory": least_bytes(*qkv(1, 3, 2000, 64, dtype="f2"), device="cuda")}
     cqsa.attention(*arrays, **call)
     before = device_free()
     with monkeypatch.context() as patched:
-        Midway(patched, ArraySink, "write_out", OSError(5, "gone"))
+        Midway(patched, Transfers, "receive", OSError(5, "gone"))
         with pytest.raises(OSError, match="gone"):
             cqsa.attention(*arrays, **call)
     gc.collect()

@@ -11,6 +11,7 @@ import pytest
 from gpu_cases import (
     BFLOAT16,
     Midway,
+    as_map,
     assert_close,
     assert_lse_close,
     by_cover,
@@ -25,7 +26,7 @@ from gpu_cases import (
 import cqsa_arrays as cqsa
 from cqsa_arrays import Options
 from cqsa_arrays.storage import ArraySink, OutputFile
-from cqsa_arrays.storage.memory import HostSource
+from cqsa_arrays.storage.memory import MemmapSource
 
 pytestmark = pytest.mark.usefixtures("gpu", "no_thread_is_left")
 
@@ -118,7 +119,7 @@ def test_page_locked_arrays_are_copied_from_where_they_are(cover, order, monkeyp
         locked = cupyx.empty_pinned(physical.shape, physical.dtype)
         locked[...] = physical
         given.append(locked)
-    monkeypatch.setattr(HostSource, "read", None)
+    monkeypatch.setattr("cqsa_arrays.engine.cuda.link.Link.send", None)
     call = {"causal": True, "layout": layout, "device": "cuda", "options": Options(cover=cover)}
     out = cqsa.attention(*given, memory=int(1.5 * least_bytes(*given, **call)), **call)
     assert_close(out if layout == "bhnd" else out.swapaxes(1, 2), exact(*arrays, offset=0)[0])
@@ -164,9 +165,15 @@ ERRORS = [cqsa.StorageError("the disk is gone"), OSError(5, "gone"), KeyboardInt
 
 @by_cover
 @pytest.mark.parametrize("error", ERRORS, ids=lambda error: type(error).__name__)
-@pytest.mark.parametrize("where", ["source", "array", "file", "lse"])
-def test_an_error_midway_is_raised_and_leaves_nothing(folder, cover, error, where, monkeypatch):
+@pytest.mark.parametrize("where", ["source", "map", "array", "file", "lse"])
+def test_an_error_midway_is_raised_and_leaves_nothing(folder, cover, error, where, monkeypatch, tmp_path_factory):
+    from cqsa_arrays.engine.cuda.link import Link
+    from cqsa_arrays.engine.cuda.transfer import Transfers
+
     arrays = qkv(1, 3, 2000, 64, dtype="f2")
+    if where == "map":
+        elsewhere = tmp_path_factory.mktemp("maps")
+        arrays = [as_map(elsewhere / f"{name}.raw", array) for name, array in zip("qkv", arrays, strict=True)]
     call = {"causal": True, "device": "cuda", "options": Options(cover=cover)}
     if where in ("file", "lse"):
         call["out"] = "out.h5"
@@ -175,8 +182,9 @@ def test_an_error_midway_is_raised_and_leaves_nothing(folder, cover, error, wher
     for path in folder.iterdir():
         path.unlink()
     owner, name = {
-        "source": (HostSource, "read"),
-        "array": (ArraySink, "write_out"),
+        "source": (Link, "send"),
+        "map": (MemmapSource, "read"),
+        "array": (Transfers, "receive"),
         "file": (OutputFile, "write_out"),
         "lse": (OutputFile, "write_lse"),
     }[where]
@@ -193,8 +201,10 @@ def test_an_error_midway_is_raised_and_leaves_nothing(folder, cover, error, wher
 
 
 def test_an_error_in_the_first_read(folder, monkeypatch):
+    from cqsa_arrays.engine.cuda.link import Link
+
     arrays = qkv(1, 1, 2000, 64, dtype="f2")
-    Midway(monkeypatch, HostSource, "read", cqsa.StorageError("gone"), at=1)
+    Midway(monkeypatch, Link, "send", cqsa.StorageError("gone"), at=1)
     with pytest.raises(cqsa.StorageError, match="gone"):
         cqsa.attention(*arrays, device="cuda", out="out.h5")
     assert os.listdir() == []
@@ -248,11 +258,7 @@ def test_progress_reaches_all_pairs(monkeypatch):
 
 def test_maps_and_bfloat16_bits_are_streamed(folder):
     arrays = qkv(1, 2, 1500, 64, dtype=ml_dtypes.bfloat16)
-    maps = []
-    for name, array in zip("qkv", arrays, strict=True):
-        made = np.memmap(f"{name}.raw", array.dtype, "w+", shape=array.shape)
-        made[...] = array
-        maps.append(made)
+    maps = [as_map(f"{name}.raw", array) for name, array in zip("qkv", arrays, strict=True)]
     call = {"causal": True, "device": "cuda"}
     out = cqsa.attention(*maps, memory=least_bytes(*maps, **call), **call)
     assert_close(host(out), exact(*arrays, offset=0)[0])

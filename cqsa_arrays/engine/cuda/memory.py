@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import queue
 from contextlib import suppress
-from dataclasses import dataclass
 from typing import Any
 
 import cupy
@@ -78,16 +77,26 @@ def spare(memory: np.ndarray) -> None:
             _SPARE.put_nowait(memory)
 
 
-@dataclass(slots=True)
 class Piece:
-    """Page-locked bytes; ``done`` is recorded after the copy that uses them."""
+    """Page-locked bytes in two halves; ``done`` are recorded after the copies that use them, one for each half.
 
-    memory: np.ndarray
-    done: cupy.cuda.Event
+    ``halves`` is what ``native`` takes for it.
+    """
+
+    def __init__(self, memory: np.ndarray) -> None:
+        self.memory = memory
+        self.done = (cupy.cuda.Event(disable_timing=True), cupy.cuda.Event(disable_timing=True))
+        half, events = memory.size // 2, (event.ptr for event in self.done)
+        self.halves = np.array([memory.ctypes.data, half, *events], np.int64)
+
+    def wait(self) -> None:
+        """Return when nothing uses it any more."""
+        for event in self.done:
+            event.synchronize()
 
 
 class PinnedPieces:
-    """At most ``count`` page-locked pieces, handed out when the copy that used them last is done."""
+    """At most ``count`` page-locked pieces; the copies of who had one last may still use it."""
 
     def __init__(self, count: int) -> None:
         self.size_bytes = PINNED_PIECE_BYTES
@@ -97,21 +106,16 @@ class PinnedPieces:
             self._left.put(None)
 
     def borrow(self) -> Piece:
-        """A piece that nothing uses any more: a free one, else a new one, else the next that comes back."""
+        """A piece that is free, else a new one, else the next that comes back."""
         with suppress(queue.Empty):
-            return self._ready(self._free.get_nowait())
+            return self._free.get_nowait()
         with suppress(queue.Empty):
             self._left.get_nowait()
-            return Piece(pinned_piece(self.size_bytes), cupy.cuda.Event(disable_timing=True))
-        return self._ready(self._free.get())
-
-    @staticmethod
-    def _ready(piece: Piece) -> Piece:
-        piece.done.synchronize()
-        return piece
+            return Piece(pinned_piece(self.size_bytes))
+        return self._free.get()
 
     def give_back(self, piece: Piece) -> None:
-        """``piece`` may be used again once its ``done`` has come."""
+        """``piece`` may be used again once its ``done`` have come."""
         self._free.put(piece)
 
     def close(self) -> None:

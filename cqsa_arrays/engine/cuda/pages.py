@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import cupy
@@ -14,18 +15,13 @@ from cupy.cuda import runtime
 from ...planner import Group
 from ...ranges import Range
 from ...storage import DeviceSource, HostSource, TokenSource
-from ...workers import Batch, Workers
 from ..pages import block_bytes
-from .memory import Arena, PinnedPieces
+from .link import Link, Slot
+from .memory import Arena
+from .transfer import Region
 
-
-@dataclass(slots=True)
-class Slot:
-    """Memory for one block; the events come when it has arrived, and when the kernels that read it are done."""
-
-    memory: Any
-    arrived: cupy.cuda.Event
-    used: dict[int, cupy.cuda.Event] = field(default_factory=dict)  # by stream
+# A part of any size: more than there are.
+_ANY_BYTES = 1 << 62
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,78 +34,25 @@ class Part:
     offset_bytes: int
 
 
-@dataclass(frozen=True, slots=True)
-class Errand:
-    """A part that a reader thread is to bring."""
-
-    pages: DevicePages
-    slot: Slot
-    part: Part
-
-
-@dataclass(slots=True)
-class Link:
-    """What brings blocks to the device: reader threads, page-locked pieces, a stream for copies.
-
-    Blocks of all inputs are asked for first and then read together, by all threads, while the caller goes on.
-    """
-
-    device: cupy.cuda.Device
-    arena: Arena
-    pieces: PinnedPieces
-    readers: Workers
-    copies: cupy.cuda.Stream
-    wanted: list[Errand] = field(default_factory=list)
-    filled: list[Slot] = field(default_factory=list)
-    under_way: Batch | None = None
-
-    def start(self) -> None:
-        """Begin to read what is wanted, piece by piece; each is copied as soon as it is read."""
-        assert self.under_way is None, "one transfer after the other"
-        if self.wanted:
-            wanted, self.wanted = self.wanted, []
-            self.under_way = self.readers.start(wanted, lambda errand: errand.pages.bring(errand.slot, errand.part))
-
-    def wait(self) -> None:
-        """Return when what was begun is read."""
-        if self.under_way is not None:
-            batch, self.under_way = self.under_way, None
-            batch.wait()
-
-    def close(self) -> None:
-        """Begin no further part of what is under way; what is begun is waited for."""
-        if self.under_way is not None:
-            self.under_way.drop()
-
-    def finish(self) -> None:
-        """All that was asked for is read and on its way, and events say when it arrives."""
-        self.wait()
-        self.start()
-        self.wait()
-        for slot in self.filled:
-            slot.arrived.record(self.copies)
-        self.filled.clear()
-
-
 class DevicePages:
     """The blocks of ``source`` on the device: at most ``slots`` of at most ``tokens`` tokens of ``heads`` heads.
 
-    ``load`` gives the place of a block, which ``Link`` brings and which then still is on its way: a stream that reads
-    it waits by ``await_loaded``. A slot is not overwritten before the kernels that were launched before
-    ``release`` have read it.
+    ``load`` gives the place of a block, which still is on its way: a stream that reads it waits by ``await_loaded``.
+    A slot is not overwritten before the kernels that were launched before ``release`` have read it.
     """
 
-    def __init__(self, source: TokenSource, link: Link, *, slots: int, tokens: int, heads: int) -> None:
+    def __init__(self, source: TokenSource, link: Link, arena: Arena, *, slots: int, tokens: int, heads: int) -> None:
         self._source, self._link = source, link
         self._in_place = isinstance(source, DeviceSource)
         self._resident: OrderedDict[tuple[Group, Range], Slot] = OrderedDict()
         self._touched: list[Slot] = []
         self._group: Group | None = None
         self._locked = page_locked(source)
+        self._lies = isinstance(source, HostSource) and source.vectors_together
         # Every block has the strides of the longest: one launch takes several.
         self._tokens, self._heads = tokens, heads
         count = 0 if self._in_place else slots
-        elements = link.arena.take((count, heads * tokens * source.shape[3]), source.dtype) if count else ()
+        elements = arena.take((count, heads * tokens * source.shape[3]), source.dtype) if count else ()
         self._free = [Slot(memory, cupy.cuda.Event(disable_timing=True)) for memory in elements]
 
     def begin(self, group: Group) -> None:
@@ -126,21 +69,34 @@ class DevicePages:
         return self._block(slot, group, tokens)
 
     def preload(self, group: Group, tokens: Range) -> None:
-        """Have a block copied that is loaded next, unless it is here."""
-        if not self._in_place:
+        """Have a block brought that is loaded next, unless only blocks could give way that are to be read first."""
+        if not self._in_place and self._has_room(group, tokens):
             self._bring(group, tokens)
+
+    def _has_room(self, group: Group, tokens: Range) -> bool:
+        return bool(self._free) or (group, tokens) in self._resident or self._oldest not in self._touched
+
+    @property
+    def _oldest(self) -> Slot:
+        """The slot that gives way next."""
+        return next(iter(self._resident.values()))
 
     def _bring(self, group: Group, tokens: Range) -> Slot:
         slot = self._resident.pop((group, tokens), None)
         if slot is None:
             slot = self._free.pop() if self._free else self._resident.popitem(last=False)[1]
+            assert slot not in self._touched, "more blocks at once than slots"
             self._fill(slot, group, tokens)
         self._resident[group, tokens] = slot
         return slot
 
     def await_loaded(self, stream: cupy.cuda.Stream) -> None:
-        """What is put on ``stream`` from now on comes after the blocks loaded since the last ``release``."""
+        """What is put on ``stream`` from now on comes after the blocks loaded since the last ``release``.
+
+        Returns when these are read; an error of the reading is raised.
+        """
         for slot in self._touched:
+            slot.await_coming()
             stream.wait_event(slot.arrived)
 
     def release(self, stream: cupy.cuda.Stream) -> None:
@@ -164,27 +120,37 @@ class DevicePages:
         return self._group
 
     def _fill(self, slot: Slot, group: Group, tokens: Range) -> None:
-        """Have the block copied: by the device itself from page-locked memory, else piece by piece as it is read."""
+        """Ask for the block; from page-locked memory the device copies it by itself."""
+        slot.await_coming()
+        used, slot.used = tuple(slot.used.values()), {}
         link = self._link
-        link.wait()  # nothing is on its way to this slot any more
-        for event in slot.used.values():
-            link.copies.wait_event(event)
-        slot.used.clear()
-        parts = self._parts(group, tokens)
-        if self._locked is None:
-            link.wanted.extend(Errand(self, slot, part) for part in parts)
-        else:
-            for part in parts:
+        if self._locked is not None:
+            for event in used:
+                link.copies.wait_event(event)
+            for part in self._parts(group, tokens, link.pieces.size_bytes):
                 self._copy_locked(self._locked, slot, part)
-        link.filled.append(slot)
+            slot.arrived.record(link.copies)
+        elif self._lies:
+            link.ask(slot, used, [self._region(slot, part) for part in self._parts(group, tokens, _ANY_BYTES)])
+        else:
+            link.read(slot, self._parts(group, tokens, link.pieces.size_bytes), partial(self._read, slot, used))
 
-    def bring(self, slot: Slot, part: Part) -> None:
-        """Read a part into a page-locked piece, which is copied from there; by any thread."""
+    def _region(self, slot: Slot, part: Part) -> Region:
+        """A part of an array of the host."""
+        assert isinstance(self._source, HostSource)
+        block = self._source.array[part.batch.start, part.heads.slice, part.tokens.slice]
+        self._source.bytes_read += block.nbytes
+        block = block.swapaxes(0, 1) if self._source.token_major else block
+        return Region(block, slot.memory.data.ptr + part.offset_bytes)
+
+    def _read(self, slot: Slot, used: tuple[cupy.cuda.Event, ...], part: Part) -> None:
+        """Read a part into a page-locked piece, which is copied from there after ``used``; by any thread."""
         link, source = self._link, self._source
         shape = (len(part.heads), len(part.tokens), source.shape[3])
         with link.device:
             piece = link.pieces.borrow()
             try:
+                piece.wait()
                 size_bytes = int(np.prod(shape)) * source.dtype.itemsize
                 lying = piece.memory[:size_bytes].view(source.dtype)
                 if source.token_major:
@@ -193,8 +159,10 @@ class DevicePages:
                     logical = lying.reshape(shape)
                 source.read(part.batch, part.heads, part.tokens, logical[None])
                 to, kind = slot.memory.data.ptr + part.offset_bytes, runtime.memcpyHostToDevice
+                for event in used:  # each part: any may be the first
+                    link.copies.wait_event(event)
                 runtime.memcpyAsync(to, lying.ctypes.data, size_bytes, kind, link.copies.ptr)
-                piece.done.record(link.copies)
+                piece.done[0].record(link.copies)
             finally:
                 link.pieces.give_back(piece)
 
@@ -218,11 +186,9 @@ class DevicePages:
         assert isinstance(self._source, HostSource), "page-locked"
         self._source.bytes_read += block.nbytes
 
-    def _parts(self, group: Group, tokens: Range) -> Iterator[Part]:
-        """The parts of a block, no larger than a piece."""
-        dim, itemsize = self._source.shape[3], self._source.dtype.itemsize
-        vector_bytes = dim * itemsize
-        most = self._link.pieces.size_bytes
+    def _parts(self, group: Group, tokens: Range, most: int) -> Iterator[Part]:
+        """The parts of a block, of at most ``most`` bytes."""
+        vector_bytes = self._source.shape[3] * self._source.dtype.itemsize
         assert len(group.heads) * len(group.batch) <= self._heads
         for b, batch in enumerate(group.batch.split(1)):
             if self._source.token_major:

@@ -8,29 +8,31 @@ from dataclasses import dataclass
 from typing import Any
 
 import cupy
+import numpy as np
 from cupy.cuda.runtime import CUDARuntimeError
 from cupy_backends.cuda.api.driver import CUDADriverError
 
-from ...cover import Step
 from ...errors import DeviceError
 from ...kernels.base import KeyBlock
 from ...kernels.cuda.kernel import CudaKernel
 from ...planner import Group, Plan, Problem
-from ...planner.memory import DISK, HOST, PINNED_PIECES, READER_THREADS, output_slot
+from ...planner.memory import DISK, HOST, OUTPUT_SLOTS, PINNED_PIECES, READER_THREADS, output_slot
 from ...ranges import Range
-from ...storage import ArraySink
+from ...storage import ArraySink, HostSource
 from ...storage.dtypes import SUPPORTED
-from ...workers import Workers
+from ...workers import Workers, kept_workers
 from ..resident import Inputs, Operands
 from ..results import OutputResults, Results, StatisticsResults
 from ..schedule import Work
 from ..statefile import StateFile
 from ..states import scratch_file
 from .lanes import Lanes
+from .link import Link
 from .memory import Arena, PinnedPieces, pinned
-from .pages import DevicePages, Link
+from .pages import DevicePages
 from .results import DeviceArrayOutput, DeviceOutput, DeviceResults, DeviceStatistics, Finished
 from .states import DeviceStates, NoStates, PinnedStates, Saved, StatesOnDisk, WaitingPlace
+from .transfer import Transfers, transfers_on
 
 LANES = 2
 # Files are read ahead into the page cache: a group of heads needs most of its blocks in the first part of its time.
@@ -57,12 +59,15 @@ class DeviceResident:
         self.states.begin(group)
         self.group = group
 
-    def attend(self, work: Work, queries: Any, blocks: list[KeyBlock], done: Callable[[Range], None]) -> None:
+    def attend(
+        self, work: Work, queries: Any, blocks: list[KeyBlock], done: Callable[[Range], None], upcoming: Work | None
+    ) -> None:
         """Put a launch with the blocks of ``work``, which were loaded last, on the lane of its rows."""
         step, part = work.step, work.rows
         assert step is not None
         assert self.group is not None, "begin() comes first"
-        self.link.finish()
+        self.link.start()
+        self._preload(upcoming)
         lane = self.lanes.of(self.group, step.queries)
         for pages in self.operands:
             pages.await_loaded(lane)
@@ -77,6 +82,9 @@ class DeviceResident:
         self.states.store(step.queries, part, lane)
         for pages in self.operands:
             pages.release(lane)
+        self._preload(upcoming)  # the rest, in places of blocks that this launch reads
+        if upcoming is not None and upcoming.step is not None and upcoming.group == self.group:
+            self.states.preload(upcoming.step.queries)
 
     def take(self, group: Group, rows: Range, *, in_place: bool) -> None:
         """Hand out ``rows``, which are finished once their lane has come so far."""
@@ -84,14 +92,14 @@ class DeviceResident:
         state, release = self.states.finish(rows, lane)
         self.results.take(Finished(group, rows, state, lane, release))
 
-    def preload(self, group: Group, step: Step) -> None:
-        """Begin to bring what the next step needs; nothing of this one gives way, for it was used last."""
-        if group == self.group:
-            self.states.preload(step.queries)
-        self.operands.queries.preload(group, step.queries)
-        for tokens in step.keys:
-            self.operands.keys.preload(group, tokens)
-            self.operands.values.preload(group, tokens)
+    def _preload(self, work: Work | None) -> None:
+        """Begin to bring blocks of ``work``, as far as there is room beside what is loaded."""
+        if work is None or work.step is None or not work.begins_step:
+            return
+        self.operands.queries.preload(work.group, work.step.queries)
+        for tokens in work.step.keys:
+            self.operands.keys.preload(work.group, tokens)
+            self.operands.values.preload(work.group, tokens)
         self.link.start()
 
     def settle(self) -> None:
@@ -124,13 +132,15 @@ def allocate_on_device(
     pieces = stack.enter_context(closing(PinnedPieces(PINNED_PIECES)))
     # Whatever fails, nothing is given back while a copy or kernel still uses it.
     stack.callback(device.synchronize)
-    readers = stack.enter_context(closing(Workers(READER_THREADS, "reader")))
-    link = stack.enter_context(closing(Link(device, arena, pieces, readers, cupy.cuda.Stream(non_blocking=True))))
+    readers = stack.enter_context(kept_workers(READER_THREADS, "reader"))
+    writers = stack.enter_context(kept_workers(OUTPUT_SLOTS, "output"))
+    copies, transfers = cupy.cuda.Stream(non_blocking=True), _transfers(inputs, results, problem)
+    link = stack.enter_context(closing(Link(device, pieces, readers, copies, transfers)))
     key_size = {"slots": size.key_slots, "tokens": size.key_chunk, "heads": size.heads}
     query_size = {"slots": size.query_slots, "tokens": size.query_chunk, "heads": size.heads}
-    keys, values = (DevicePages(source, link, **key_size) for source in (inputs.k, inputs.v))
-    operands = Operands(DevicePages(inputs.q, link, **query_size), keys, values)
-    outgoing = stack.enter_context(closing(_outgoing(plan, results, kernel, arena)))
+    keys, values = (DevicePages(source, link, arena, **key_size) for source in (inputs.k, inputs.v))
+    operands = Operands(DevicePages(inputs.q, link, arena, **query_size), keys, values)
+    outgoing = stack.enter_context(closing(_outgoing(plan, results, kernel, arena, transfers, writers)))
     kept = None if saved is None else Saved(saved, pieces)
     states = stack.enter_context(closing(_states(plan, outgoing.home, arena, kept, stack)))
     ahead = READ_AHEAD_BYTES if problem.on_disk_bytes else None
@@ -169,7 +179,22 @@ def _states(
     return DeviceStates(slots, problem.value_dim, home=home, waiting=waiting, saved=saved)
 
 
-def _outgoing(plan: Plan, results: Results, kernel: CudaKernel, arena: Arena) -> DeviceResults:
+def _transfers(inputs: Inputs, results: Results, problem: Problem) -> Transfers | None:
+    """For arrays of the host, from or to which something is copied; None where there is none."""
+    into = isinstance(results, OutputResults) and not problem.result.on_device and isinstance(results.sink, ArraySink)
+    if into or any(isinstance(source, HostSource) for source in (inputs.q, inputs.k, inputs.v)):
+        return transfers_on(cupy.cuda.Device().id)
+    return None
+
+
+def _outgoing(
+    plan: Plan,
+    results: Results,
+    kernel: CudaKernel,
+    arena: Arena,
+    transfers: Transfers | None,
+    writers: Workers,
+) -> DeviceResults:
     problem, holds_states = plan.problem, plan.states_in_result
     if isinstance(results, StatisticsResults):
         return DeviceStatistics(results.statistics, holds_states=holds_states)
@@ -177,8 +202,14 @@ def _outgoing(plan: Plan, results: Results, kernel: CudaKernel, arena: Arena) ->
     if problem.result.on_device:
         assert isinstance(results.sink, ArraySink)
         return DeviceArrayOutput(results.sink.out, kernel, holds_states=holds_states)
-    slot = output_slot(problem, plan.chosen.residency)
-    return DeviceOutput(results.sink, kernel, arena, slot, SUPPORTED[problem.result.dtype])
+    slot, dtype = output_slot(problem, plan.chosen.residency), SUPPORTED[problem.result.dtype]
+    as_it_is = isinstance(results.sink, ArraySink) and not slot.lse_itemsize and _takes(results.sink.out, dtype)
+    return DeviceOutput(results.sink, kernel, arena, slot, dtype, transfers if as_it_is else None, writers)
+
+
+def _takes(array: Any, dtype: np.dtype) -> bool:
+    """Whether vectors of ``dtype`` become those of ``array`` by copying their bytes."""
+    return array.dtype == dtype and (array.shape[3] == 1 or array.strides[3] == dtype.itemsize)
 
 
 @contextmanager

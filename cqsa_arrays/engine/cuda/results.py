@@ -5,7 +5,7 @@ from __future__ import annotations
 import queue
 import threading
 from collections.abc import Callable
-from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
+from concurrent.futures import FIRST_EXCEPTION, Future, wait
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -20,9 +20,11 @@ from ...kernels.cuda.kernel import CudaKernel
 from ...planner import Group
 from ...planner.memory import OUTPUT_SLOTS, OutputSlot
 from ...ranges import Cut, Range
-from ...storage import Sink
-from .memory import Arena, pinned_piece, spare
+from ...storage import ArraySink, Sink
+from ...workers import Workers
+from .memory import Arena, Piece, pinned_piece, spare
 from .states import DeviceState
+from .transfer import Region, Transfers
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,23 +61,36 @@ class Way:
     """One way out: memory on the device, page-locked memory of the same size, the stream that finishes and copies."""
 
     device: Any
-    host: np.ndarray
+    piece: Piece
     stream: Stream
+    finished: Event  # asked for asleep: whoever waits for a kernel should leave its processor to those that copy
 
 
 class DeviceOutput:
-    """Writes output and log-sum-exp to a sink on the host, in pieces of ``slot.rows`` rows, several at a time."""
+    """Writes output and log-sum-exp to a sink on the host, in pieces of ``slot.rows`` rows, several at a time.
+
+    ``transfers``: those of a sink whose array takes the rows as they are, without log-sum-exp.
+    """
 
     home = None
 
-    def __init__(self, sink: Sink, kernel: CudaKernel, arena: Arena, slot: OutputSlot, dtype: np.dtype) -> None:
+    def __init__(
+        self,
+        sink: Sink,
+        kernel: CudaKernel,
+        arena: Arena,
+        slot: OutputSlot,
+        dtype: np.dtype,
+        transfers: Transfers | None,
+        writers: Workers,
+    ) -> None:
         self._sink, self._kernel, self._slot, self._dtype = sink, kernel, slot, dtype
+        self._transfers, self._writers = transfers, writers
         self._device = cupy.cuda.Device()
         self._places = queue.SimpleQueue[Any]()
         for memory in arena.take((OUTPUT_SLOTS, slot.size_bytes), np.uint8):
             self._places.put(memory)
         self._ways: queue.SimpleQueue[Way] = queue.SimpleQueue()
-        self._writers = ThreadPoolExecutor(OUTPUT_SLOTS, thread_name_prefix="cqsa-output")
         self._under_way: list[Future[None]] = []
 
     def whole(self, group: Group, rows: Range) -> Finish | None:
@@ -85,7 +100,8 @@ class DeviceOutput:
         self._raise_errors()
         ready, state = finished.lane.record(), finished.state.statistics
         assert state is not None, "rows leave through a state"
-        cut = Cut(len(finished.rows), -(-len(finished.rows) // self._slot.rows), 1)
+        fewest = -(-len(finished.rows) // self._slot.rows)
+        cut = Cut(len(finished.rows), min(len(finished.rows), -(-fewest // OUTPUT_SLOTS) * OUTPUT_SLOTS), 1)
         batches = list(enumerate(finished.group.batch.split(1)))
         pieces = [(b, batch, piece) for b, batch in batches for piece in map(cut.__getitem__, range(len(cut)))]
         left = _Countdown(len(pieces), lambda: finished.release(None))
@@ -107,17 +123,29 @@ class DeviceOutput:
                 way.stream.wait_event(ready)
                 out, lse, size_bytes = self._cut(way.device, state.statistics)
                 self._kernel.finish(state.statistics, Finish(out, lse), fresh=state.fresh)
-                to_host = runtime.memcpyDeviceToHost
-                runtime.memcpyAsync(way.host.ctypes.data, way.device.data.ptr, size_bytes, to_host, way.stream.ptr)
-                way.stream.synchronize()
-            out, lse, _ = self._cut(way.host, state.statistics)
-            self._sink.write_out(*where, out)
-            if lse is not None:
-                self._sink.write_lse(*where, lse)
+                way.finished.record(way.stream)
+                way.finished.synchronize()
+                self._write(way, state.statistics, where, size_bytes)
         finally:
             if way is not None:
                 self._ways.put(way)
             left.one_done()
+
+    def _write(self, way: Way, state: BlockStatistics, where: tuple[Range, Range, Range], size_bytes: int) -> None:
+        """Copy what is finished in the memory of ``way`` to the host and on to its place."""
+        if self._transfers is not None:
+            assert isinstance(self._sink, ArraySink)
+            batch, heads, tokens = where
+            to = self._sink.out[batch.start, heads.slice, tokens.slice]
+            self._transfers.receive(Region(to, way.device.data.ptr), way.piece, way.stream.ptr)
+            return
+        host, kind = way.piece.memory, runtime.memcpyDeviceToHost
+        runtime.memcpyAsync(host.ctypes.data, way.device.data.ptr, size_bytes, kind, way.stream.ptr)
+        way.stream.synchronize()
+        out, lse, _ = self._cut(host, state)
+        self._sink.write_out(*where, out)
+        if lse is not None:
+            self._sink.write_lse(*where, lse)
 
     def _way(self) -> Way:
         """One that is free. Each thread makes one at first, beside the launches: a stream takes a millisecond."""
@@ -126,8 +154,9 @@ class DeviceOutput:
         with self._device:
             # Before other launches: rows that wait for those keep a state's memory from what comes next.
             stream = Stream(non_blocking=True, priority=-1)
-            host = pinned_piece(self._slot.size_bytes)
-            return Way(self._places.get_nowait(), host, stream)  # there are as many places as threads
+            piece = Piece(pinned_piece(self._slot.size_bytes))
+            finished = Event(block=True, disable_timing=True)
+            return Way(self._places.get_nowait(), piece, stream, finished)  # there are as many places as threads
 
     def _cut(self, memory: Any, state: BlockStatistics) -> tuple[Any, Any | None, int]:
         """Output, then log-sum-exp on an 8-byte border, of the rows of ``state`` in ``memory``; the bytes of both."""
@@ -154,9 +183,11 @@ class DeviceOutput:
 
     def close(self) -> None:
         """Stop writing; what is under way is finished, for it reads memory that is given back next."""
-        self._writers.shutdown(cancel_futures=True)
+        for future in self._under_way:
+            future.cancel()
+        wait(self._under_way)
         while not self._ways.empty():
-            spare(self._ways.get().host)
+            spare(self._ways.get().piece.memory)
 
 
 class _Countdown:

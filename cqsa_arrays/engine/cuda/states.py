@@ -240,6 +240,7 @@ class DeviceStates:
         """What ``flat`` holds, piece by piece, each valid until the next."""
         piece = pieces.borrow()
         try:
+            piece.wait()
             for start in range(0, flat.nbytes, piece.memory.size):
                 part = piece.memory[: min(piece.memory.size, flat.nbytes - start)]
                 source, kind = flat.data.ptr + start, runtime.memcpyDeviceToHost
@@ -294,6 +295,7 @@ class DeviceStates:
 
         slot.await_on(self._coming)
         try:
+            piece.wait()
             saved.file.read_through(chunk, flat.nbytes, lambda _, most: piece.memory[:most], take)
         finally:
             saved.pieces.give_back(piece)

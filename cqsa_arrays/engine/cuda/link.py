@@ -1,0 +1,119 @@
+"""The way of blocks to a GPU: threads that fill page-locked pieces, and a stream that copies them to slots there."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from typing import Any, Protocol, TypeVar
+
+import cupy
+
+from ...planner.memory import READER_THREADS
+from ...workers import Batch, Workers
+from .memory import PinnedPieces
+from .transfer import Region, Shipment, Transfers
+
+T = TypeVar("T")
+# How many times is looked whether other threads are done, before they are waited for asleep: about a millisecond.
+_PATIENCE = 50_000
+
+
+class Coming(Protocol):
+    """Copies that threads are putting on a stream."""
+
+    def wait(self) -> None:
+        """Return when all of them are there; an error of any is raised."""
+
+
+@dataclass(slots=True, eq=False)
+class Slot:
+    """Memory for one block; the events come when it has arrived, and when the kernels that read it are done.
+
+    ``arrived`` is recorded when nothing is ``coming`` any more.
+    """
+
+    memory: Any
+    arrived: cupy.cuda.Event
+    used: dict[int, cupy.cuda.Event] = field(default_factory=dict)  # by stream
+    coming: Coming | None = None
+
+    def await_coming(self) -> None:
+        """Return when all of the block is on its way to the device."""
+        if self.coming is not None:
+            self.coming.wait()
+            self.coming = None
+
+
+@dataclass(frozen=True, slots=True)
+class Sending:
+    """A shipment that threads send; who waits for it takes a share."""
+
+    shipment: Shipment
+    batch: Batch
+    link: Link
+
+    def wait(self) -> None:
+        if not self.shipment.sent:
+            self.link.send(self.shipment, _PATIENCE)
+        if not self.shipment.sent:
+            self.batch.wait()
+
+
+@dataclass(slots=True)
+class Link:
+    """What brings blocks to the device: reader threads, page-locked pieces, a stream for copies.
+
+    Blocks of arrays in memory are asked for first and then sent together, by all threads, while the caller goes on.
+    """
+
+    device: cupy.cuda.Device
+    pieces: PinnedPieces
+    readers: Workers
+    copies: cupy.cuda.Stream
+    transfers: Transfers | None  # for arrays of the host
+    asked: list[tuple[Slot, tuple[cupy.cuda.Event, ...], list[Region]]] = field(default_factory=list)
+    under_way: list[tuple[Batch, Shipment | None]] = field(default_factory=list)
+
+    def ask(self, slot: Slot, after: tuple[cupy.cuda.Event, ...], regions: list[Region]) -> None:
+        """Have ``regions`` sent to their places in ``slot``, after events, when ``start`` is called."""
+        self.asked.append((slot, after, regions))
+
+    def start(self) -> None:
+        """Begin to send what was asked for, after what was begun before."""
+        asked, self.asked = self.asked, []
+        if not asked:
+            return
+        regions = [region for _, _, some in asked for region in some]
+        after = [event for _, events, _ in asked for event in events]
+        arrived = [slot.arrived for slot, _, _ in asked]
+        shipment = Shipment(regions, after, arrived, self.pieces.size_bytes // 2)
+        batch = self.readers.start([shipment] * READER_THREADS, self.send)
+        self._note(batch, shipment)
+        for slot, _, _ in asked:
+            slot.coming = Sending(shipment, batch, self)
+
+    def send(self, shipment: Shipment, patience: int = 0) -> None:
+        """A thread's share of ``shipment``."""
+        assert self.transfers is not None
+        piece = self.pieces.borrow()
+        try:
+            shipment.send(self.transfers, piece, self.copies.ptr, patience)
+        finally:
+            self.pieces.give_back(piece)
+
+    def read(self, slot: Slot, parts: Iterable[T], bring: Callable[[T], None]) -> None:
+        """Have ``bring(part)`` put the copies of all parts on the stream."""
+        slot.coming = batch = self.readers.start(parts, bring, lambda: slot.arrived.record(self.copies))
+        self._note(batch, None)
+
+    def _note(self, batch: Batch, shipment: Shipment | None) -> None:
+        self.under_way = [(other, its) for other, its in self.under_way if not other.over] + [(batch, shipment)]
+
+    def close(self) -> None:
+        """Begin no further part of what is under way; what is begun is waited for."""
+        for batch, shipment in self.under_way:
+            batch.waiting.clear()
+            if shipment is not None:
+                shipment.stop()
+        for batch, _ in self.under_way:
+            batch.drop()
