@@ -247,7 +247,7 @@ def test_an_interruption_begins_no_further_part_of_the_next_step(gpu, cover, mon
             shipments.append(self)
 
     class Slow(simulated_cuda.Event):
-        def synchronize(self) -> None:  # before each half of a piece
+        def synchronize(self) -> None:  # before each share of a piece
             time.sleep(0.01)
             super().synchronize()
 
@@ -266,9 +266,9 @@ def test_an_interruption_begins_no_further_part_of_the_next_step(gpu, cover, mon
     monkeypatch.setattr("cqsa_arrays.engine.cuda.memory.PINNED_PIECE_BYTES", 1024)
     with pytest.raises(KeyboardInterrupt):
         cqsa.attention(*qkv(1, 3, 900), causal=True, device="cuda", options=Options(cover=cover, chunks=None))
-    _, done, halves = shipments[1]._counts.tolist()
+    _, done, shares = shipments[1]._counts.tolist()
     assert len(shipments) == 2
-    assert done <= 3 * link.READER_THREADS < halves / 2
+    assert done <= 3 * link.READER_THREADS < shares / 2
     assert gpu.used_bytes == 0
 
 

@@ -64,9 +64,9 @@ def test_rows_are_as_long_as_they_can_be(gpu, make, numbers) -> None:
     assert (address, device, before) == (block.ctypes.data, 77, 0)
 
 
-@given(blocks=st.lists(views(), min_size=1, max_size=5), half=st.integers(1, 300), threads=st.integers(1, 4), seed=...)
+@given(blocks=st.lists(views(), min_size=1, max_size=5), share=st.integers(1, 300), threads=st.integers(1, 4), seed=...)
 @settings(max_examples=60, deadline=None, derandomize=True, database=None)
-def test_several_threads_send_every_byte_once(blocks: list, half: int, threads: int, seed: bool) -> None:
+def test_several_threads_send_every_byte_once(blocks: list, share: int, threads: int, seed: bool) -> None:
     with simulated_gpu(int(seed)):
         from cqsa_arrays.engine.cuda.transfer import Region, Shipment
 
@@ -76,10 +76,10 @@ def test_several_threads_send_every_byte_once(blocks: list, half: int, threads: 
         kernels.rank, seen, begun = -1, [], []  # late, unless they are waited for
         kernels.put(lambda: seen.append(all((m == 0xEE).all() for m in memory)), lambda: bool(begun))
         after, arrived = kernels.record(), simulated_cuda.Event()
-        shipment = Shipment(regions, [after], [arrived], half)
+        shipment = Shipment(regions, [after], [arrived], share)
         begun.append(True)
         loops = transfers()
-        pieces = [piece_of(2 * half) for _ in range(threads)]
+        pieces = [piece_of(4 * share) for _ in range(threads)]
         others = [threading.Thread(target=shipment.send, args=(loops, piece, copies.ptr)) for piece in pieces[1:]]
         for other in others:
             other.start()
@@ -95,9 +95,9 @@ def test_several_threads_send_every_byte_once(blocks: list, half: int, threads: 
             assert m[0] == m[-1] == 0xEE
 
 
-@given(block=views(), half=st.integers(1, 300), seed=...)
+@given(block=views(), share=st.integers(1, 300), seed=...)
 @settings(max_examples=60, deadline=None, derandomize=True, database=None)
-def test_rows_come_back_to_their_places_and_nothing_else_changes(block: tuple, half: int, seed: bool) -> None:
+def test_rows_come_back_to_their_places_and_nothing_else_changes(block: tuple, share: int, seed: bool) -> None:
     base, view = block
     with simulated_gpu(int(seed)):
         from cqsa_arrays.engine.cuda.transfer import Region
@@ -106,7 +106,7 @@ def test_rows_come_back_to_their_places_and_nothing_else_changes(block: tuple, h
         places = np.flatnonzero(mark(base, view).view("u1").reshape(-1))
         expected.view("u1").reshape(-1)[places] = 251
         stream = simulated_cuda.Stream()
-        transfers().receive(Region(view, there.ctypes.data), piece_of(2 * half), stream.ptr)
+        transfers().receive(Region(view, there.ctypes.data), piece_of(4 * share), stream.ptr)
         assert base.tobytes() == expected.tobytes()
 
 
@@ -139,9 +139,9 @@ def test_what_the_driver_reports_is_raised_and_no_copy_follows(gpu, way, capfd) 
 
     block, there = np.ones((1, 100, 4), "f4"), np.zeros(1600, "u1")
     piece = piece_of(64)
-    piece.halves[2:] = 10**6  # no such events
+    piece.shares[2:] = 10**6  # no such events
     region, stream = Region(block, there.ctypes.data), simulated_cuda.Stream()
-    send = Shipment([region], [], [], 32).send
+    send = Shipment([region], [], [], 16).send
     call = (send, transfers()) if way == "send" else (transfers().receive, region)
     with pytest.raises(CUDADriverError, match="719"):
         call[0](call[1], piece, stream.ptr)
@@ -155,7 +155,7 @@ def test_a_shipment_that_is_stopped_begins_nothing(gpu) -> None:
     from cqsa_arrays.engine.cuda.transfer import Region, Shipment
 
     there, stream = np.zeros(1600, "u1"), simulated_cuda.Stream()
-    shipment = Shipment([Region(np.ones((1, 100, 4), "f4"), there.ctypes.data)], [], [], 32)
+    shipment = Shipment([Region(np.ones((1, 100, 4), "f4"), there.ctypes.data)], [], [], 16)
     shipment.stop()
     shipment.send(transfers(), piece_of(64), stream.ptr)
     stream.synchronize()

@@ -10,7 +10,7 @@ import cupy
 
 from ...planner.memory import READER_THREADS
 from ...workers import Batch, Workers
-from .memory import PinnedPieces
+from .memory import SHARES, PinnedPieces
 from .transfer import Region, Shipment, Transfers
 
 T = TypeVar("T")
@@ -86,7 +86,7 @@ class Link:
         regions = [region for _, _, some in asked for region in some]
         after = [event for _, events, _ in asked for event in events]
         arrived = [slot.arrived for slot, _, _ in asked]
-        shipment = Shipment(regions, after, arrived, self.pieces.size_bytes // 2)
+        shipment = Shipment(regions, after, arrived, self.pieces.size_bytes // SHARES)
         batch = self.readers.start([shipment] * READER_THREADS, self.send)
         self._note(batch, shipment)
         for slot, _, _ in asked:

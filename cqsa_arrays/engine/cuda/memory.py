@@ -77,17 +77,21 @@ def spare(memory: np.ndarray) -> None:
             _SPARE.put_nowait(memory)
 
 
-class Piece:
-    """Page-locked bytes in two halves; ``done`` are recorded after the copies that use them, one for each half.
+# A piece is filled and copied in so many turns: while some are on their way, others are filled.
+SHARES = 4
 
-    ``halves`` is what ``native`` takes for it.
+
+class Piece:
+    """Page-locked bytes in ``SHARES`` shares; an event of each in ``done`` is recorded after the copy that uses it.
+
+    ``shares`` is what ``native`` takes for it.
     """
 
     def __init__(self, memory: np.ndarray) -> None:
         self.memory = memory
-        self.done = (cupy.cuda.Event(disable_timing=True), cupy.cuda.Event(disable_timing=True))
-        half, events = memory.size // 2, (event.ptr for event in self.done)
-        self.halves = np.array([memory.ctypes.data, half, *events], np.int64)
+        self.done = tuple(cupy.cuda.Event(disable_timing=True) for _ in range(SHARES))
+        share, events = memory.size // SHARES, (event.ptr for event in self.done)
+        self.shares = np.array([memory.ctypes.data, share, *events], np.int64)
 
     def wait(self) -> None:
         """Return when nothing uses it any more."""

@@ -3,12 +3,12 @@
 They call the driver by the addresses of its functions. Arguments are vectors of 64-bit integers:
 
     driver   the context, then addresses in the order of ``DRIVER_FUNCTIONS``
-    pinned   address, bytes of a half, an event for each half: recorded after the last copy that uses it
+    pinned   address, bytes of a share, an event for each share: recorded after the last copy that uses it
     region   address, inner count, outer stride, inner stride, bytes of a row, bytes of all rows, address on the device,
-             and of several regions, the halves that those before it fill
+             and of several regions, the shares that those before it fill
 
 Row r lies at ``address + r // inner count * outer stride + r % inner count * inner stride``; on the device rows follow
-each other without gaps. While the device copies one half, the processor fills or empties the other.
+each other without gaps. While the device copies some shares, the processor fills or empties others.
 """
 
 from __future__ import annotations
@@ -87,7 +87,7 @@ def _move(region, first, count, memory, outward):
 def send(driver, pinned, regions, counts, stream, after, arrived, patience):
     """Put copies of ``regions`` to the device on ``stream``, behind the events ``after``; 0 or the driver's error.
 
-    Half by half, shared with other threads: ``counts`` has how many halves are begun, how many are done, and how many
+    Share by share, beside other threads: ``counts`` has how many shares are begun, how many are done, and how many
     there are. Whoever does the last one records the events ``arrived`` and counts once more; who has none left
     to do looks for that as many times as it has ``patience``.
     """
@@ -95,16 +95,16 @@ def send(driver, pinned, regions, counts, stream, after, arrived, patience):
     status = _call(driver[_SET_CONTEXT], (driver[_CONTEXT],))
     for event in after:
         status = status or _call(driver[_WAIT], (stream, event, 0))
-    half, turn = pinned[1], 0
+    share, turn = pinned[1], 0
     while status == 0:
         number, r = _add(begun, 1), 0
         if number >= counts[2]:
             break
         while r + 1 < len(regions) and regions[r + 1, _BEFORE] <= number:
             r += 1
-        first = (number - regions[r, _BEFORE]) * half
-        memory, event = pinned[0] + turn % 2 * half, pinned[2 + turn % 2]
-        count = min(half, regions[r, _BYTES] - first)
+        first, place = (number - regions[r, _BEFORE]) * share, turn % (len(pinned) - 2)
+        memory, event = pinned[0] + place * share, pinned[2 + place]
+        count = min(share, regions[r, _BYTES] - first)
         status = _call(driver[_SYNCHRONIZE], (event,))
         if status == 0:
             _move(regions[r], first, count, memory, False)
@@ -124,17 +124,18 @@ def send(driver, pinned, regions, counts, stream, after, arrived, patience):
 def receive(driver, pinned, region, stream):
     """Fill ``region`` from the device, behind what is on ``stream``; 0 or the driver's error."""
     status = _call(driver[_SET_CONTEXT], (driver[_CONTEXT],))
-    half = pinned[1]
-    turns = (region[_BYTES] + half - 1) // half
-    for turn in range(turns + 1):
+    share, places = pinned[1], len(pinned) - 2
+    turns = (region[_BYTES] + share - 1) // share
+    for turn in range(turns + places - 1):
         if turn < turns and status == 0:
-            memory, first = pinned[0] + turn % 2 * half, turn * half
-            count = min(half, region[_BYTES] - first)
+            first, place = turn * share, turn % places
+            memory, count = pinned[0] + place * share, min(share, region[_BYTES] - first)
             status = _call(driver[_TO_HOST], (memory, region[_DEVICE] + first, count, stream))
-            status = status or _call(driver[_RECORD], (pinned[2 + turn % 2], stream))
-        if turn > 0 and status == 0:
-            memory, first = pinned[0] + (turn - 1) % 2 * half, (turn - 1) * half
-            status = _call(driver[_SYNCHRONIZE], (pinned[2 + (turn - 1) % 2],))
+            status = status or _call(driver[_RECORD], (pinned[2 + place], stream))
+        come = turn - places + 1
+        if come >= 0 and status == 0:
+            first, place = come * share, come % places
+            status = _call(driver[_SYNCHRONIZE], (pinned[2 + place],))
             if status == 0:
-                _move(region, first, min(half, region[_BYTES] - first), memory, True)
+                _move(region, first, min(share, region[_BYTES] - first), pinned[0] + place * share, True)
     return status

@@ -69,11 +69,11 @@ class DeviceResident:
         self.link.start()
         self._preload(upcoming)
         lane = self.lanes.of(self.group, step.queries)
-        for pages in self.operands:
-            pages.await_loaded(lane)
         state = self.states.load(step.queries, part, lane)
         finish = self.results.whole(self.group, part) if state.statistics is None else None
         rows = slice(part.start - step.queries.start, part.stop - step.queries.start)
+        for pages in self.operands:
+            pages.await_loaded(lane)
         with lane:
             self.kernel.accumulate(
                 queries[:, :, rows], part.start, blocks, state.statistics, diagonal=self.problem.mask.diagonal,

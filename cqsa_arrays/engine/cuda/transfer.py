@@ -43,17 +43,17 @@ class Region:
 
 
 class Shipment:
-    """Regions that several threads send together, half a page-locked piece at a time."""
+    """Regions that several threads send together, a share of a page-locked piece at a time."""
 
-    def __init__(self, regions: list[Region], after: list[Event], arrived: list[Event], half_bytes: int) -> None:
+    def __init__(self, regions: list[Region], after: list[Event], arrived: list[Event], share_bytes: int) -> None:
         """After the events ``after``; the events ``arrived`` are recorded behind the last copy."""
         self._events = (after, arrived)  # alive
         self._regions = np.array([region.numbers() for region in regions], np.int64)
-        halves = -(-self._regions[:, 5] // half_bytes)
-        self._regions[:, 7] = np.cumsum(halves) - halves
-        self._counts = np.array([0, 0, halves.sum()], np.int64)
+        shares = -(-self._regions[:, 5] // share_bytes)
+        self._regions[:, 7] = np.cumsum(shares) - shares
+        self._counts = np.array([0, 0, shares.sum()], np.int64)
         self._after, self._arrived = (np.array([event.ptr for event in some], np.int64) for some in self._events)
-        self._half_bytes = half_bytes
+        self._share_bytes = share_bytes
 
     @property
     def sent(self) -> bool:
@@ -61,17 +61,17 @@ class Shipment:
         return bool(self._counts[1] > self._counts[2])
 
     def stop(self) -> None:
-        """No further half is begun."""
+        """No further share is begun."""
         self._counts[0] = 1 << 62
 
     def send(self, transfers: Transfers, piece: Piece, stream: int, patience: int = 0) -> None:
-        """A thread's share: put halves on ``stream`` until none is left. Raises CUDADriverError.
+        """A thread's share: put shares on ``stream`` until none is left. Raises CUDADriverError.
 
         Then it looks ``patience`` times, some nanoseconds each, whether the others are done.
         """
-        assert piece.halves[1] == self._half_bytes
+        assert piece.shares[1] == self._share_bytes
         status = transfers.send_regions(
-            transfers.driver, piece.halves, self._regions, self._counts, stream, self._after, self._arrived, patience
+            transfers.driver, piece.shares, self._regions, self._counts, stream, self._after, self._arrived, patience
         )
         _check(status)
 
@@ -87,7 +87,7 @@ class Transfers:
     def receive(self, region: Region, piece: Piece, stream: int) -> None:
         """Copy from the device what ``region`` is to hold, behind the work on ``stream``. Raises CUDADriverError."""
         numbers = np.array(region.numbers(), np.int64)
-        _check(self.receive_region(self.driver, piece.halves, numbers, stream))
+        _check(self.receive_region(self.driver, piece.shares, numbers, stream))
 
 
 @lru_cache(maxsize=64)
