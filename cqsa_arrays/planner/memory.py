@@ -15,7 +15,7 @@ DEVICE_TILE_TOKENS = 128
 # Arrays on the device begin at multiples of this many bytes.
 DEVICE_ALIGNMENT = 512
 # Between files or arrays on the host and the device: page-locked pieces, and how many of them are under way. Smaller
-# ones take more of Python's time than the processor takes to fill them.
+# ones take more of Python's time than it takes to fill them, where Python does that.
 PINNED_PIECE_BYTES = 4 << 20
 PINNED_PIECES = 8
 # Finished rows leave the device in as large ones, each by a thread of its own.
