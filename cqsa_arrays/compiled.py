@@ -24,6 +24,8 @@ _PATIENCE_S = 0.7
 # process, so it is not begun without.
 LOADING_BYTES, COMPILING_BYTES = 36 << 20, 68 << 20
 COMPILER_STACK_BYTES = 8 << 20
+# One at a time: the size of new stacks is that of the process.
+_LOADING = threading.Lock()
 
 
 def entry_point(function: Any, signature: Any, what: str) -> Callable[..., Any]:
@@ -33,8 +35,9 @@ def entry_point(function: Any, signature: Any, what: str) -> Callable[..., Any]:
     Another thread loads it: llvmlite calls back through ctypes meanwhile, where the exception of a signal, which comes
     to the main thread, would be lost and the job go on. Raises MemoryError where the system refuses what that takes.
     """
-    if signature.args not in function.overloads:
-        _load(function, signature, what)
+    with _LOADING:
+        if signature.args not in function.overloads:
+            _load(function, signature, what)
     compiled: Callable[..., Any] = function.overloads[signature.args].entry_point
     return compiled
 

@@ -59,7 +59,10 @@ class Batch:
     def drop(self) -> None:
         """No further item is begun; return when those that are begun are done, and whatever came of them."""
         self.waiting.clear()
-        wait(self.futures)
+        try:
+            wait(self.futures)
+        finally:  # an interruption ends no thread
+            wait(self.futures)
 
     def wait(self) -> None:
         """Return when all are done.
@@ -115,11 +118,15 @@ os.register_at_fork(after_in_child=_KEPT.clear)
 
 @contextmanager
 def kept_workers(threads: int, name: str) -> Iterator[Workers]:
-    """Workers that are kept afterwards; who has them leaves nothing under way."""
+    """Workers that are kept afterwards, where no error comes of it: then nothing is under way.
+
+    After an error, or an interruption anywhere, they end first, with whatever somebody has left under way.
+    """
     workers = _KEPT.pop((threads, name), None) or Workers(threads, name)
     try:
         yield workers
-    finally:
-        surplus = _KEPT.setdefault((threads, name), workers)
-        if surplus is not workers:  # several runs at a time
-            workers.close()
+    except BaseException:
+        workers.close()
+        raise
+    if _KEPT.setdefault((threads, name), workers) is not workers:  # several runs at a time
+        workers.close()

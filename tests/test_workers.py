@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from cqsa_arrays import workers as workers_module
 from cqsa_arrays.workers import Workers, kept_workers
 
 LONG_S = 30  # only ever waited for by a test that fails
@@ -137,6 +138,43 @@ def test_a_batch_that_is_dropped_begins_nothing_more_and_raises_nothing(fails) -
     assert begun == [0]
 
 
+def test_an_interruption_while_a_batch_is_dropped_leaves_no_thread_at_work(monkeypatch) -> None:
+    begun, ended, go_on = [], [], threading.Event()
+
+    def work(item: int) -> None:
+        begun.append(item)
+        go_on.wait(LONG_S)
+        ended.append(item)
+
+    def interrupted(futures):
+        monkeypatch.undo()
+        threading.Timer(0.05, go_on.set).start()
+        raise KeyboardInterrupt
+
+    with closing(Workers(1, "dropped")) as workers:
+        batch = workers.start(range(100), work)
+        while not begun:
+            pass
+        monkeypatch.setattr("cqsa_arrays.workers.wait", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            batch.drop()
+        assert ended == begun == [0]
+
+
+def test_threads_are_not_kept_after_an_error() -> None:
+    ended = []
+
+    def fail() -> None:
+        with kept_workers(1, "failed") as workers:
+            workers.submit(lambda: (threading.Event().wait(0.05), ended.append(True)))
+            raise ValueError("wrong")
+
+    with pytest.raises(ValueError, match="wrong"):
+        fail()
+    assert ended
+    assert not alive("failed")
+
+
 @pytest.mark.parametrize("threads", [1, 3])
 def test_what_follows_a_batch_is_called_once_when_all_is_done(threads) -> None:
     done, found = [], []
@@ -176,6 +214,16 @@ def test_batches_are_begun_in_the_order_of_their_calls() -> None:
     assert firsts[2] >= 38
 
 
+@pytest.fixture
+def _nothing_kept():
+    """Afterwards as before."""
+    before = dict(workers_module._KEPT)
+    yield
+    for key in workers_module._KEPT.keys() - before.keys():
+        workers_module._KEPT.pop(key).close()
+
+
+@pytest.mark.usefixtures("_nothing_kept")
 def test_kept_threads_work_for_the_next_who_asks() -> None:
     def names() -> set[str]:
         found = set()

@@ -87,6 +87,8 @@ class Event:
     numbers: ClassVar[count[int]] = count(1)
 
     def __init__(self, block: bool = False, disable_timing: bool = False) -> None:
+        on_device = getattr(SIMULATOR.current, "devices", 0) or threading.current_thread() is threading.main_thread()
+        assert on_device, "made on whatever device this thread has"
         self.recorded = self.reached = 0
         self.ptr = next(self.numbers)
         self.everyone[self.ptr] = self
@@ -165,10 +167,11 @@ class Device:
         self.id, self.compute_capability = index, "90"
 
     def __enter__(self) -> Device:
+        SIMULATOR.current.devices = getattr(SIMULATOR.current, "devices", 0) + 1
         return self
 
     def __exit__(self, *error: object) -> None:
-        """Nothing to do."""
+        SIMULATOR.current.devices -= 1
 
     def synchronize(self) -> None:
         SIMULATOR.run_until(lambda: not any(stream._work for stream in SIMULATOR.streams))
@@ -494,7 +497,7 @@ def simulated_gpu(seed: int):
     from cqsa_arrays import devices
     from cqsa_arrays.engine.cuda import transfer
 
-    transfer._driver = driver
+    transfer._driver = lambda names: driver()
     devices._describe.cache_clear()
     try:
         with TemporaryDirectory() as cache, patch.dict(os.environ, CUPY_CACHE_DIR=cache):

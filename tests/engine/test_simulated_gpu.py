@@ -5,7 +5,9 @@ from __future__ import annotations
 import importlib
 import os
 import re
+import threading
 import time
+from concurrent.futures import Future
 from dataclasses import replace
 from pathlib import Path
 
@@ -248,7 +250,7 @@ def test_an_interruption_begins_no_further_part_of_the_next_step(gpu, cover, mon
 
     class Slow(simulated_cuda.Event):
         def synchronize(self) -> None:  # before each share of a piece
-            time.sleep(0.01)
+            time.sleep(0.02)
             super().synchronize()
 
     def interrupted(self, *given) -> None:
@@ -268,8 +270,82 @@ def test_an_interruption_begins_no_further_part_of_the_next_step(gpu, cover, mon
         cqsa.attention(*qkv(1, 3, 900), causal=True, device="cuda", options=Options(cover=cover, chunks=None))
     _, done, shares = shipments[1]._counts.tolist()
     assert len(shipments) == 2
-    assert done <= 3 * link.READER_THREADS < shares / 2
+    assert done < shares / 2
     assert gpu.used_bytes == 0
+
+
+@pytest.mark.parametrize("where", ["readers", "writers"])
+def test_threads_end_before_the_memory_that_they_use_wherever_an_interruption_comes(gpu, where, monkeypatch) -> None:
+    """It may come when something was begun and nobody has noted it."""
+    memory = importlib.import_module("cqsa_arrays.engine.cuda.memory")
+    workers, alive = importlib.import_module("cqsa_arrays.workers"), []
+
+    class Slow(simulated_cuda.Event):
+        def synchronize(self) -> None:
+            time.sleep(0.01)
+            super().synchronize()
+
+    def interrupted(usual):
+        def call(self, *given, **named):
+            usual(self, *given, **named)
+            raise KeyboardInterrupt
+
+        return call
+
+    def close(self) -> None:
+        names = [thread.name for thread in threading.enumerate()]
+        alive.extend(name for name in names if name.startswith(("cqsa-reader", "cqsa-output")))
+        usual_close(self)
+
+    usual_close = memory.Arena.close
+    monkeypatch.setattr(importlib.import_module("cupy").cuda, "Event", Slow)
+    monkeypatch.setattr(memory.Arena, "close", close)
+    name = {"readers": "start", "writers": "submit"}[where]
+    monkeypatch.setattr(workers.Workers, name, interrupted(getattr(workers.Workers, name)))
+    with pytest.raises(KeyboardInterrupt):
+        cqsa.attention(*qkv(1, 3, 900), causal=True, device="cuda")
+    assert alive == []
+    assert gpu.used_bytes == 0
+
+
+@pytest.mark.parametrize("chunks", [1, 7])
+def test_memory_that_cannot_be_locked_is_an_error(gpu, chunks, monkeypatch) -> None:
+    def refused(size_bytes: int) -> None:
+        time.sleep(0.02)
+        raise MemoryError("no page can be locked")
+
+    monkeypatch.setattr(importlib.import_module("cqsa_arrays.engine.cuda.memory"), "pinned", refused)
+    with pytest.raises(MemoryError, match="no page can be locked"):
+        cqsa.attention(*qkv(1, 3, 900), causal=True, device="cuda", options=Options(cover="cqs", chunks=chunks))
+    assert gpu.used_bytes == 0
+
+
+def test_an_error_of_writing_is_raised_whenever_it_comes(gpu) -> None:
+    results = importlib.import_module("cqsa_arrays.engine.cuda.results")
+
+    class Late(Future):
+        """Fails when it has been asked ``before`` times."""
+
+        def __init__(self, before: int) -> None:
+            super().__init__()
+            self.left = before
+
+        def done(self) -> bool:
+            self.left -= 1
+            if self.left == 0:
+                self.set_exception(OSError("the disk is full"))
+            return super().done()
+
+    for before in (1, 2, 3):
+        output = object.__new__(results.DeviceOutput)
+        output._under_way = [late := Late(before)]
+        raised = []
+        while late.left > -3 and output._under_way:
+            try:
+                output._raise_errors()
+            except OSError as error:
+                raised.append(str(error))
+        assert raised == ["the disk is full"]
 
 
 def test_the_simulator_notices_what_is_not_ordered(monkeypatch) -> None:

@@ -21,9 +21,9 @@ def gpu(request):
 
 
 def transfers():
-    from cqsa_arrays.engine.cuda.transfer import transfers_on
+    from cqsa_arrays.engine.cuda.transfer import open_transfers
 
-    return transfers_on(0)
+    return open_transfers()
 
 
 def piece_of(size_bytes: int):
@@ -149,6 +149,19 @@ def test_what_the_driver_reports_is_raised_and_no_copy_follows(gpu, way, capfd) 
     assert not there.any()
     assert (block == 1).all()
     assert capfd.readouterr().err.count("KeyError") == 1
+
+
+def test_a_shipment_whose_arrival_cannot_be_recorded_is_not_sent(gpu) -> None:
+    from cupy_backends.cuda.api.driver import CUDADriverError
+
+    from cqsa_arrays.engine.cuda.transfer import Region, Shipment
+
+    there, arrived = np.zeros(1600, "u1"), simulated_cuda.Event()
+    shipment = Shipment([Region(np.ones((1, 100, 4), "f4"), there.ctypes.data)], [], [arrived], 16)
+    shipment._arrived[0] = 10**6  # no such event
+    with pytest.raises(CUDADriverError, match="719"):
+        shipment.send(transfers(), piece_of(64), simulated_cuda.Stream().ptr)
+    assert not shipment.sent
 
 
 def test_a_shipment_that_is_stopped_begins_nothing(gpu) -> None:

@@ -74,6 +74,19 @@ CASES = {
             "threads": THREADS, "cover": 3 * 32,
         },
     ),
+    # Groups of two chunks are short: two of them at a time.
+    "cqs, two chunks a head": (
+        problem(heads=4, queries=256, dim=64, dtype="float16"),
+        lambda one: cqs_candidate(one, MACHINE, (1, 1), "memory", 2),
+        {
+            "key chunks": 4 * 128 * 64 * 2, "value chunks": 4 * 128 * 64 * 2, "query chunks": 4 * 128 * 64 * 2,
+            "states": 4 * 128 * 66 * 4, "output pieces": OUTPUT_SLOTS * whole(128 * (64 * 2 + 4) + 8),
+        },
+        {
+            "page-locked pieces": PINNED, "page-locked output": OUTPUT_SLOTS * PINNED_PIECE_BYTES,
+            "threads": THREADS, "cover": 2 * 32,
+        },
+    ),
     # Three of 7 states are on the device, all of them on the host.
     "cqs, states on the host": (
         problem(queries=896, dim=64, value_dim=32, dtype="float16"),

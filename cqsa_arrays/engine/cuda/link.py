@@ -14,7 +14,7 @@ from .memory import SHARES, PinnedPieces
 from .transfer import Region, Shipment, Transfers
 
 T = TypeVar("T")
-# How many times is looked whether other threads are done, before they are waited for asleep: about a millisecond.
+# How many times is looked whether other threads are done, before they are waited for asleep: some milliseconds at most.
 _PATIENCE = 50_000
 
 
@@ -95,15 +95,21 @@ class Link:
     def send(self, shipment: Shipment, patience: int = 0) -> None:
         """A thread's share of ``shipment``."""
         assert self.transfers is not None
-        piece = self.pieces.borrow()
-        try:
-            shipment.send(self.transfers, piece, self.copies.ptr, patience)
-        finally:
-            self.pieces.give_back(piece)
+        with self.device:  # of the events of a new piece; threads that are kept served another one, perhaps
+            piece = self.pieces.borrow()
+            try:
+                shipment.send(self.transfers, piece, self.copies.ptr, patience)
+            finally:
+                self.pieces.give_back(piece)
 
     def read(self, slot: Slot, parts: Iterable[T], bring: Callable[[T], None]) -> None:
         """Have ``bring(part)`` put the copies of all parts on the stream."""
-        slot.coming = batch = self.readers.start(parts, bring, lambda: slot.arrived.record(self.copies))
+
+        def arrived() -> None:
+            with self.device:
+                slot.arrived.record(self.copies)
+
+        slot.coming = batch = self.readers.start(parts, bring, arrived)
         self._note(batch, None)
 
     def _note(self, batch: Batch, shipment: Shipment | None) -> None:

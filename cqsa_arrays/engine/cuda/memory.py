@@ -115,8 +115,15 @@ class PinnedPieces:
             return self._free.get_nowait()
         with suppress(queue.Empty):
             self._left.get_nowait()
-            return Piece(pinned_piece(self.size_bytes))
+            return self._new()
         return self._free.get()
+
+    def _new(self) -> Piece:
+        try:
+            return Piece(pinned_piece(self.size_bytes))
+        except BaseException:
+            self._left.put(None)  # or who comes next would wait for a piece that is nowhere
+            raise
 
     def give_back(self, piece: Piece) -> None:
         """``piece`` may be used again once its ``done`` have come."""

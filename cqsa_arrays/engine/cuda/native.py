@@ -113,7 +113,8 @@ def send(driver, pinned, regions, counts, stream, after, arrived, patience):
         if status == 0 and _add(done, 1) + 1 == counts[2]:
             for event in arrived:
                 status = status or _call(driver[_RECORD], (event, stream))
-            _add(done, 1)
+            if status == 0:
+                _add(done, 1)
         turn += 1
     while status == 0 and patience > 0 and _add(done, 0) <= counts[2]:
         patience -= 1

@@ -32,7 +32,7 @@ from .memory import Arena, PinnedPieces, pinned
 from .pages import DevicePages
 from .results import DeviceArrayOutput, DeviceOutput, DeviceResults, DeviceStatistics, Finished
 from .states import DeviceStates, NoStates, PinnedStates, Saved, StatesOnDisk, WaitingPlace
-from .transfer import Transfers, transfers_on
+from .transfer import Transfers, open_transfers
 
 LANES = 2
 # Files are read ahead into the page cache: a group of heads needs most of its blocks in the first part of its time.
@@ -41,7 +41,7 @@ READ_AHEAD_BYTES = 1 << 30
 
 @dataclass(slots=True)
 class DeviceResident:
-    """As ``Resident``, on a GPU: every call only puts work on its streams."""
+    """As ``Resident``, on a GPU: calls put work on its streams, and wait only for blocks to be on their way there."""
 
     kernel: CudaKernel
     operands: Operands[DevicePages]
@@ -183,7 +183,7 @@ def _transfers(inputs: Inputs, results: Results, problem: Problem) -> Transfers 
     """For arrays of the host, from or to which something is copied; None where there is none."""
     into = isinstance(results, OutputResults) and not problem.result.on_device and isinstance(results.sink, ArraySink)
     if into or any(isinstance(source, HostSource) for source in (inputs.q, inputs.k, inputs.v)):
-        return transfers_on(cupy.cuda.Device().id)
+        return open_transfers()
     return None
 
 

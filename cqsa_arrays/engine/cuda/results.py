@@ -58,7 +58,7 @@ class DeviceResults(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Way:
-    """One way out: memory on the device, page-locked memory of the same size, the stream that finishes and copies."""
+    """One way out: memory on the device, as much that is page-locked, the stream that finishes and copies."""
 
     device: Any
     piece: Piece
@@ -172,8 +172,8 @@ class DeviceOutput:
 
     def _raise_errors(self) -> None:
         """Drop what is written; an error of the writing is raised."""
-        done = [future for future in self._under_way if future.done()]
-        self._under_way = [future for future in self._under_way if not future.done()]
+        done = [future for future in self._under_way if future.done()]  # asked once: others end meanwhile
+        self._under_way = [future for future in self._under_way if future not in done]
         for future in done:
             future.result()
 

@@ -8,15 +8,12 @@ from __future__ import annotations
 
 import ctypes
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import Any
 
 import numpy as np
 from cupy.cuda import Event
 from cupy_backends.cuda.api.driver import CUDADriverError
 
-from ...compiled import entry_point
-from . import native
 from .memory import Piece
 
 
@@ -90,21 +87,22 @@ class Transfers:
         _check(self.receive_region(self.driver, piece.shares, numbers, stream))
 
 
-@lru_cache(maxsize=64)
-def transfers_on(device_index: int) -> Transfers:
-    """Those of the current device, which has that number; loaded, or compiled once, and kept."""
+def open_transfers() -> Transfers:
+    """Those of the current device; the loops are compiled once, and loaded once by a process."""
+    # Imported here: they import Numba, which runs that copy no array of the host do without.
+    from ...compiled import entry_point
+    from . import native
+
     what = "copies between host and GPU"
     send, receive = entry_point(native.send, native.SEND, what), entry_point(native.receive, native.RECEIVE, what)
-    return Transfers(_driver(), send, receive)
+    return Transfers(_driver(native.DRIVER_FUNCTIONS), send, receive)
 
 
-def _driver() -> np.ndarray:
-    """The current context and the functions that ``native`` calls."""
-    library = ctypes.CDLL("libcuda.so.1")
-    context = ctypes.c_void_p()
+def _driver(names: tuple[str, ...]) -> np.ndarray:
+    """The current context and the addresses of the driver's functions ``names``."""
+    library, context = ctypes.CDLL("libcuda.so.1"), ctypes.c_void_p()
     _check(library.cuCtxGetCurrent(ctypes.byref(context)))
-    functions = (getattr(library, name) for name in native.DRIVER_FUNCTIONS)
-    addresses = [ctypes.cast(function, ctypes.c_void_p).value for function in functions]
+    addresses = [ctypes.cast(getattr(library, name), ctypes.c_void_p).value for name in names]
     return np.array([context.value, *addresses], np.int64)
 
 
