@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import os
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from durable_cases import KilledAtCommit, command, make, run, unbroken
+from fault_cases import CASE
 
 from cqsa_arrays.kernels.cpu.kernel import load
 
@@ -24,6 +27,15 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     monkeypatch.chdir(tmp_path)
     yield tmp_path
     assert not [name for name in os.listdir("/proc/self/fd") if _deleted(name)]
+
+
+@pytest.fixture
+def begun(here: Path) -> str:
+    """An unfinished job of ``CASE``, and the hash of what it should become."""
+    make(CASE)
+    expected = unbroken(CASE)
+    assert run(command(CASE), KilledAtCommit(5)) == -signal.SIGKILL
+    return expected
 
 
 def _deleted(name: str) -> bool:

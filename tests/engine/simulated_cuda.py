@@ -9,184 +9,46 @@ from __future__ import annotations
 
 import ctypes
 import os
-import random
 import sys
-import threading
 import traceback
 import types
-from collections import deque
 from collections.abc import Callable
 from contextlib import contextmanager
 from importlib.machinery import ModuleSpec
-from itertools import count
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from types import SimpleNamespace
-from typing import ClassVar
 from unittest.mock import patch
-from weakref import WeakValueDictionary
 
 import ml_dtypes
 import numpy as np
+from simulated_streams import (
+    TOTAL_BYTES,
+    CudaError,
+    Device,
+    Event,
+    Stream,
+    begin,
+    get_current_stream,
+    simulator,
+    stream_of,
+)
 
 from cqsa_arrays.kernels.cuda.call import CALL, ELEMENT_KINDS
 
 KINDS = {number: np.dtype(getattr(ml_dtypes, name, name)) for name, number in ELEMENT_KINDS.items()}
-TOTAL_BYTES = 1 << 30
-
-
-class CudaError(RuntimeError):
-    status = 719
-
-
-class Simulator:
-    """All streams of the device. ``run_until`` carries out work, one piece after the other, in a random order."""
-
-    def __init__(self, seed: int) -> None:
-        self.random, self.lock = random.Random(seed), threading.RLock()
-        self.streams: list[Stream] = []
-        self.current = threading.local()
-        self.used_bytes = self.peak_bytes = 0
-        self.locked: list[tuple[int, int]] = []
-        self.fail_at: int | None = None
-        self.launches = self.copies_2d = 0
-
-    def run_until(self, done: Callable[[], bool]) -> None:
-        with self.lock:
-            while not done():
-                ready = [stream for stream in self.streams if stream.ready()]
-                assert ready, "every stream waits: a deadlock"
-                self.pick(ready).step()
-
-    def now_and_then(self) -> None:
-        """The device works beside the host, too."""
-        with self.lock:
-            for _ in range(self.random.randrange(3)):
-                ready = [stream for stream in self.streams if stream.ready()]
-                if ready:
-                    self.pick(ready).step()
-
-    def pick(self, ready: list[Stream]) -> Stream:
-        """Mostly the stream of the highest rank, so that those of low ranks are starved."""
-        return max(ready, key=lambda stream: stream.rank) if self.random.random() < 0.7 else self.random.choice(ready)
-
-    def take(self, size_bytes: int) -> None:
-        if self.used_bytes + size_bytes > TOTAL_BYTES:
-            error = CudaError("out of memory")
-            error.status = 2
-            raise error
-        self.used_bytes += size_bytes
-        self.peak_bytes = max(self.peak_bytes, self.used_bytes)
-
-
-SIMULATOR = Simulator(0)
-
-
-class Event:
-    everyone: ClassVar[WeakValueDictionary[int, Event]] = WeakValueDictionary()
-    numbers: ClassVar[count[int]] = count(1)
-
-    def __init__(self, block: bool = False, disable_timing: bool = False) -> None:
-        on_device = getattr(SIMULATOR.current, "devices", 0) or threading.current_thread() is threading.main_thread()
-        assert on_device, "made on whatever device this thread has"
-        self.recorded = self.reached = 0
-        self.ptr = next(self.numbers)
-        self.everyone[self.ptr] = self
-
-    def record(self, stream: Stream | None = None) -> None:
-        with SIMULATOR.lock:
-            self.recorded += 1
-            number = self.recorded
-            (stream or get_current_stream()).put(lambda: self._reach(number))
-
-    def _reach(self, number: int) -> None:
-        self.reached = max(self.reached, number)
-
-    @property
-    def done(self) -> bool:
-        SIMULATOR.now_and_then()
-        return self.reached >= self.recorded
-
-    def synchronize(self) -> None:
-        number = self.recorded
-        SIMULATOR.run_until(lambda: self.reached >= number)
-
-
-class Stream:
-    def __init__(self, non_blocking: bool = False, priority: int = 0) -> None:
-        self._work: deque[tuple[Callable[[], bool], Callable[[], None]]] = deque()
-        with SIMULATOR.lock:
-            SIMULATOR.streams.append(self)
-            self.rank = SIMULATOR.random.random()
-            self.ptr = len(SIMULATOR.streams)
-
-    def put(self, work: Callable[[], None], may_run: Callable[[], bool] = lambda: True) -> None:
-        with SIMULATOR.lock:
-            self._work.append((may_run, work))
-        SIMULATOR.now_and_then()
-
-    def ready(self) -> bool:
-        return bool(self._work) and self._work[0][0]()
-
-    def step(self) -> None:
-        self._work.popleft()[1]()
-
-    def record(self) -> Event:
-        event = Event()
-        event.record(self)
-        return event
-
-    def wait_event(self, event: Event) -> None:
-        number = event.recorded
-        self.put(lambda: None, lambda: event.reached >= number)
-
-    def synchronize(self) -> None:
-        mark = self.record()
-        mark.synchronize()
-
-    def __enter__(self) -> Stream:
-        stack = SIMULATOR.current.__dict__.setdefault("stack", [])
-        stack.append(self)
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        SIMULATOR.current.stack.pop()
-
-
-def get_current_stream() -> Stream:
-    stack = SIMULATOR.current.__dict__.setdefault("stack", [])
-    return stack[-1] if stack else SIMULATOR.streams[0]
-
-
-def stream_of(ptr: int) -> Stream:
-    return SIMULATOR.streams[ptr - 1]
-
-
-class Device:
-    def __init__(self, index: int = 0) -> None:
-        self.id, self.compute_capability = index, "90"
-
-    def __enter__(self) -> Device:
-        SIMULATOR.current.devices = getattr(SIMULATOR.current, "devices", 0) + 1
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        SIMULATOR.current.devices -= 1
-
-    def synchronize(self) -> None:
-        SIMULATOR.run_until(lambda: not any(stream._work for stream in SIMULATOR.streams))
 
 
 class Memory:
     """Device memory, full of bytes that make NaN of any float."""
 
     def __init__(self, size_bytes: int) -> None:
-        SIMULATOR.take(size_bytes)
+        simulator().take(size_bytes)
         self.bytes = np.full(size_bytes, 0xFF, np.uint8)
 
     def __del__(self) -> None:
         if hasattr(self, "bytes"):
-            SIMULATOR.used_bytes -= len(self.bytes)
+            simulator().used_bytes -= len(self.bytes)
 
 
 class Array(np.ndarray):
@@ -248,7 +110,7 @@ def memcpy_async(to: int, source: int, size_bytes: int, kind: int, stream: int) 
 def memcpy_2d_async(to, to_pitch, source, source_pitch, width, height, kind, stream) -> None:
     if min(to_pitch, source_pitch) < width:
         raise CudaError("cudaErrorInvalidPitchValue")
-    SIMULATOR.copies_2d += 1
+    simulator().copies_2d += 1
 
     def copy() -> None:
         for row in range(height):
@@ -258,12 +120,12 @@ def memcpy_2d_async(to, to_pitch, source, source_pitch, width, height, kind, str
 
 
 def pointer_attributes(ptr: int):
-    return SimpleNamespace(type=1 if any(a <= ptr < b for a, b in SIMULATOR.locked) else 0)
+    return SimpleNamespace(type=1 if any(a <= ptr < b for a, b in simulator().locked) else 0)
 
 
 def lock(array: np.ndarray) -> np.ndarray:
     """Make the simulated device take ``array`` for page-locked."""
-    SIMULATOR.locked.append((array.ctypes.data, array.ctypes.data + array.nbytes))
+    simulator().locked.append((array.ctypes.data, array.ctypes.data + array.nbytes))
     return array
 
 
@@ -352,8 +214,8 @@ class Function:
     def __call__(self, grid, block, arguments, shared_mem=0) -> None:
         call = arguments[0].copy()
         assert call.dtype == CALL
-        SIMULATOR.launches += 1
-        if SIMULATOR.fail_at is not None and SIMULATOR.launches >= SIMULATOR.fail_at:
+        simulator().launches += 1
+        if simulator().fail_at is not None and simulator().launches >= simulator().fail_at:
             raise CudaError("an illegal memory access was encountered")
         get_current_stream().put(lambda: self._compute(call[0]))
 
@@ -458,7 +320,7 @@ def modules() -> dict[str, types.ModuleType]:
         "cupy.cuda.runtime",
         CUDARuntimeError=CudaError, memcpyAsync=memcpy_async, memcpy2DAsync=memcpy_2d_async, memcpyHostToDevice=1,
         memcpyDeviceToHost=2, memoryTypeHost=1, pointerGetAttributes=pointer_attributes, getDeviceCount=lambda: 1,
-        memGetInfo=lambda: (TOTAL_BYTES - SIMULATOR.used_bytes, TOTAL_BYTES),
+        memGetInfo=lambda: (TOTAL_BYTES - simulator().used_bytes, TOTAL_BYTES),
         getDeviceProperties=lambda index: {"name": b"simulated", "totalGlobalMem": TOTAL_BYTES, "major": 9, "minor": 0},
     )  # fmt: skip
     cuda = module(
@@ -482,7 +344,6 @@ def modules() -> dict[str, types.ModuleType]:
 @contextmanager
 def simulated_gpu(seed: int):
     """``cupy`` is the simulator meanwhile, and what was imported with it is forgotten afterwards."""
-    global SIMULATOR
     here = "cqsa_arrays.kernels.cuda"
     ours = ("cupy", "cupy_backends", "cqsa_arrays.engine.cuda", f"{here}.kernel", f"{here}.cubin")
 
@@ -491,8 +352,7 @@ def simulated_gpu(seed: int):
         return [name for name in sys.modules if name.startswith(ours) and name != kept]
 
     before = {name: sys.modules.pop(name) for name in concerned()}
-    SIMULATOR = Simulator(seed)
-    Stream()  # the default stream
+    begin(seed)
     sys.modules.update(modules())
     from cqsa_arrays import devices
     from cqsa_arrays.engine.cuda import transfer
@@ -501,7 +361,7 @@ def simulated_gpu(seed: int):
     devices._describe.cache_clear()
     try:
         with TemporaryDirectory() as cache, patch.dict(os.environ, CUPY_CACHE_DIR=cache):
-            yield SIMULATOR
+            yield simulator()
     finally:
         for name in concerned():
             del sys.modules[name]
