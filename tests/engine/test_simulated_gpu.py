@@ -390,3 +390,11 @@ def test_machine_code_for_one_generation_is_compiled_once_and_kept_whole() -> No
         os.environ["CUPY_CACHE_DIR"] = str(path / "below a file")
         assert not code_of("attend", "-arch=sm_90a").exists()
         assert nvrtc.compiled == 5
+        # Nor where CuPy is told to keep nothing.
+        os.environ |= {"CUPY_CACHE_DIR": str(cache), "CUPY_CACHE_IN_MEMORY": "1"}
+        try:
+            assert not code_of("attend", "-arch=sm_90a").exists()
+        finally:
+            del os.environ["CUPY_CACHE_IN_MEMORY"]
+        assert nvrtc.compiled == 6
+        assert len(list(cache.iterdir())) == 3

@@ -22,39 +22,42 @@ from ...errors import DeviceError
 def compiled(text: str, options: Sequence[str]) -> Iterator[Path]:
     """A file with the machine code of ``text``, compiled unless it is there from an earlier time.
 
-    It lies in ``CUPY_CACHE_DIR``, or ``~/.cupy/kernel_cache``; where that cannot be written, it is removed when it was
-    used. Raises ``DeviceError`` with the compiler's log.
+    It lies in ``CUPY_CACHE_DIR``, or ``~/.cupy/kernel_cache``; where that cannot be written, or where
+    ``CUPY_CACHE_IN_MEMORY`` is 1, it is removed when it was used. Raises ``DeviceError`` with the compiler's log.
     """
     key = repr((text, tuple(options), nvrtc.getVersion()))
     directory = Path(os.environ.get("CUPY_CACHE_DIR") or Path.home() / ".cupy" / "kernel_cache")
     path = directory / f"cqsa_{hashlib.sha256(key.encode()).hexdigest()[:40]}.cubin"
-    if path.exists():
+    in_memory = os.environ.get("CUPY_CACHE_IN_MEMORY", "").strip() == "1"
+    if not in_memory and path.exists():
         yield path
         return
     code = _compile(text, options)
-    try:
-        _keep(code, path)
-    except OSError:
-        with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-            file.write(code)
-            file.flush()
-            yield Path(file.name)
-    else:
+    if not in_memory and _kept(code, path):
         yield path
+        return
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(code)
+        file.flush()
+        yield Path(file.name)
 
 
-def _keep(code: bytes, path: Path) -> None:
-    """The file at ``path`` is whole, whoever else compiles the same and whatever happens meanwhile."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as file:
-        try:
-            file.write(code)
-            file.flush()
-            os.fsync(file.fileno())
-            os.replace(file.name, path)
-        except BaseException:
-            os.remove(file.name)
-            raise
+def _kept(code: bytes, path: Path) -> bool:
+    """Whether the file at ``path`` could be written: whole, whoever else does so and whatever happens meanwhile."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as file:
+            try:
+                file.write(code)
+                file.flush()
+                os.fsync(file.fileno())
+                os.replace(file.name, path)
+            except BaseException:
+                os.remove(file.name)
+                raise
+    except OSError:
+        return False
+    return True
 
 
 def _compile(text: str, options: Sequence[str]) -> bytes:
