@@ -12,6 +12,7 @@ import time
 import traceback
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from glob import glob
 from pathlib import Path
 
 from cqsa_arrays.cli import main
@@ -117,6 +118,18 @@ def slow() -> None:
 
     def late(*arguments):
         time.sleep(0.02)
+        return usual(*arguments)
+
+    os.preadv = late
+
+
+def stuck() -> None:
+    """The first read with a lane's lock takes a minute: before a run that others are to meet, and that is killed."""
+    usual = os.preadv
+
+    def late(*arguments):
+        if glob("out.h5.job/*-states-0.lock"):
+            time.sleep(60)
         return usual(*arguments)
 
     os.preadv = late

@@ -24,6 +24,7 @@ from durable_cases import (
     run,
     slow,
     start,
+    stuck,
     unbroken,
     wait,
 )
@@ -140,16 +141,18 @@ def test_two_processes_on_one_lane(here) -> None:
     make(CASE)
     expected = unbroken(CASE)
 
-    first = start(command(CASE), slow)
-    while not glob("out.h5.job/*-states-0.lock"):
-        time.sleep(0.01)
-    time.sleep(0.1)
-    assert run(command(CASE)) == 3
-    assert f"lane 0 is computed by process {first} on" in log()
-    assert run([*command(CASE), "--restart"]) == 3
-    assert "stop that first" in log()
-    os.kill(first, signal.SIGKILL)
-    wait(first)
+    first = start(command(CASE), stuck)
+    try:
+        while not glob("out.h5.job/*-states-0.lock"):
+            time.sleep(0.01)
+        time.sleep(0.1)  # until it is taken
+        assert run(command(CASE)) == 3
+        assert f"lane 0 is computed by process {first} on" in log()
+        assert run([*command(CASE), "--restart"]) == 3
+        assert "stop that first" in log()
+    finally:
+        os.kill(first, signal.SIGKILL)
+        wait(first)
     goes_on(expected)  # the lock of a dead process is none
 
 
