@@ -1,6 +1,6 @@
 """The serial executor: runs a plan, one step after the other, on the CPU or a GPU. Start reading at ``run``.
 
-On a GPU the loop is the same and runs ahead of the device: blocks, kernels and results are only put on its streams.
+On a GPU the loop is the same and runs ahead of the device: it waits for blocks to be on their way there, not for work.
 """
 
 from __future__ import annotations
