@@ -17,15 +17,19 @@ from .base import Step, check_cut, check_index
 
 @dataclass(frozen=True, slots=True)
 class TileTask:
-    """One query tile against every key block of which it sees a key, in ascending order, one block a step."""
+    """One query tile against every key block of which it sees a key, in ascending order: one a step, or all at once."""
 
     index: int
     queries: Range
     keys: Cut
     mask: Mask
+    at_once: bool
 
     def steps(self) -> Iterator[Step]:
-        return (Step(self.queries, (block,)) for block in self._live_blocks())
+        if not self.at_once:
+            return (Step(self.queries, (block,)) for block in self._live_blocks())
+        blocks = self.key_ranges()
+        return iter((Step(self.queries, blocks),) if blocks else ())
 
     def query_ranges(self) -> tuple[Range, ...]:
         return (self.queries,) if any(True for _ in self._live_blocks()) else ()
@@ -42,6 +46,9 @@ class TileTask:
 class RectangularCover:
     """Task i is query tile i against all key blocks; the numbers of tiles and of blocks are free.
 
+    ``at_once``: in one step, where all of them can be resident. Each tile of a causal mask then asks for the blocks of
+    the one before it and few others, so that work begins with the first tokens.
+
     >>> from cqsa_arrays.masks import Causal
     >>> cover = RectangularCover(Cut(6, 3, 1), Cut(6, 2, 1), Causal())
     >>> [step.keys for step in cover.task(1).steps()]
@@ -51,6 +58,7 @@ class RectangularCover:
     queries: Cut
     keys: Cut
     mask: Mask
+    at_once: bool = False
 
     def __post_init__(self) -> None:
         check_cut("queries", self.queries)
@@ -74,7 +82,7 @@ class RectangularCover:
 
     def task(self, index: int) -> TileTask:
         check_index(index, self.task_count)
-        return TileTask(index, self.queries[index], self.keys, self.mask)
+        return TileTask(index, self.queries[index], self.keys, self.mask, self.at_once)
 
     def tasks(self) -> Iterator[TileTask]:
         return map(self.task, range(self.task_count))

@@ -2,35 +2,52 @@
 
 from __future__ import annotations
 
-from collections import deque
-from collections.abc import Iterator
+from collections import OrderedDict, deque
+from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Protocol
 
 from ..cover import Step
 from ..planner import Group
+from ..ranges import Range
 from .schedule import Work
 
 # Steps may be so short that many of them have few bytes.
 MOST_STEPS = 256
+# What is read before it is asked again whether to go on.
+PART_BYTES = 8 << 20
+
+
+class Blocks(Protocol):
+    """The blocks of one input; see ``Pages`` and ``cuda.pages.DevicePages``."""
+
+    def size_bytes(self, group: Group, tokens: Range) -> int:
+        """Bytes of a block where it is read."""
+
+    def holds(self, group: Group, tokens: Range) -> bool:
+        """Whether a block is where it is needed."""
+
+    def prefetch(self, group: Group, tokens: Range) -> None:
+        """Have tokens read into the page cache."""
 
 
 class Prefetching(Protocol):
     """Where blocks are read ahead; see ``resident.Operands``."""
 
-    def size_bytes(self, group: Group, step: Step) -> int:
-        """Bytes of all blocks of ``step``."""
+    def of(self, step: Step) -> Iterable[tuple[Blocks, Range]]:
+        """Every block of ``step``, with the input whose it is."""
 
-    def prefetch(self, group: Group, step: Step) -> None:
-        """Ask for the blocks of ``step`` that are not resident."""
+
+Block = tuple[Blocks, Group, Range]
 
 
 class ReadAhead:
     """Iterates over ``works``, each with the one that comes next, and asks for blocks of coming steps.
 
-    A request is for the next step and as many after it as have ``distance_bytes``. It is never waited for: while one is
-    under way, nothing more is asked for. An error of reading ahead is raised by the next request. Where
-    ``distance_bytes`` is None there is nothing to read ahead.
+    A request is for the next step and as many after it as have ``distance_bytes``; another thread has them read, in
+    the order of the steps. What is among the last ``distance_bytes`` that were asked for is taken to be in the page
+    cache. A request is never waited for: while one is under way, nothing more is asked for. An error of reading ahead
+    is raised by the next request. Where ``distance_bytes`` is None there is nothing to read ahead.
     """
 
     def __init__(self, works: Iterator[Work], operands: Prefetching, distance_bytes: int | None) -> None:
@@ -38,8 +55,11 @@ class ReadAhead:
         self._coming: deque[Work] = deque()
         self._asked: deque[int] = deque()  # bytes of the first of those that come, which were asked for
         self._asked_bytes = 0
+        self._lately: OrderedDict[Block, int] = OrderedDict()  # asked for: bytes
+        self._lately_bytes = 0
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="cqsa-ahead")
         self._pending: Future[None] | None = None
+        self._closed = False
 
     def __iter__(self) -> Iterator[tuple[Work, Work | None]]:
         while self._is_there(0):
@@ -57,23 +77,42 @@ class ReadAhead:
             self._pending = None
         if self._pending is not None:
             return
-        wanted = []
+        wanted: list[tuple[Block, int]] = []
         while not self._asked or (self._asked_bytes < self._distance_bytes and len(self._asked) < MOST_STEPS):
             if not self._is_there(len(self._asked)):
                 break
-            work = self._coming[len(self._asked)]
-            self._asked.append(0)
-            if work.step is not None and work.begins_step:
-                self._asked[-1] = self._operands.size_bytes(work.group, work.step)
+            new = self._new_blocks(self._coming[len(self._asked)])
+            self._asked.append(sum(new.values()))
             self._asked_bytes += self._asked[-1]
-            wanted.append(work)
+            wanted += new.items()
         if wanted:
             self._pending = self._pool.submit(self._prefetch, wanted)
 
-    def _prefetch(self, works: list[Work]) -> None:
-        for work in works:
-            if work.step is not None and work.begins_step:
-                self._operands.prefetch(work.group, work.step)
+    def _new_blocks(self, work: Work) -> dict[Block, int]:
+        """The blocks that ``work`` begins with and that were not asked for lately, with their bytes."""
+        if self._distance_bytes is None or work.step is None or not work.begins_step:
+            return {}
+        found = {}
+        for blocks, tokens in self._operands.of(work.step):
+            block = (blocks, work.group, tokens)
+            if block in self._lately:
+                self._lately.move_to_end(block)
+            else:
+                found[block] = self._lately[block] = blocks.size_bytes(work.group, tokens)
+                self._lately_bytes += found[block]
+        while self._lately_bytes > self._distance_bytes:
+            self._lately_bytes -= self._lately.popitem(last=False)[1]
+        return found
+
+    def _prefetch(self, wanted: list[tuple[Block, int]]) -> None:
+        for (blocks, group, tokens), size_bytes in wanted:
+            if blocks.holds(group, tokens):
+                continue
+            parts = -(-size_bytes // PART_BYTES)
+            for part in tokens.split(-(-len(tokens) // parts)):
+                if self._closed:
+                    return
+                blocks.prefetch(group, part)
 
     def _is_there(self, index: int) -> bool:
         """Whether so many come after the current one; the schedule is made as far as that."""
@@ -85,4 +124,6 @@ class ReadAhead:
         return True
 
     def close(self) -> None:
+        """Stop after the part that is being read."""
+        self._closed = True
         self._pool.shutdown(cancel_futures=True)

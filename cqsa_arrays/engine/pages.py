@@ -55,10 +55,13 @@ class Pages:
         self._resident[tokens] = slot
         return block
 
+    def holds(self, group: Group, tokens: Range) -> bool:
+        """Whether a block is where it is needed, so that reading ahead has no use; for another thread."""
+        return self._source.in_place or (group is self._group and tokens in self._resident)
+
     def prefetch(self, group: Group, tokens: Range) -> None:
-        """Ask the system to read a block ahead into the page cache, unless it is resident; for another thread."""
-        if not self._source.in_place and (group is not self._group or tokens not in self._resident):
-            self._source.prefetch(group.batch, group.heads, tokens)
+        """Have the system read tokens ahead into its page cache; for another thread."""
+        self._source.prefetch(group.batch, group.heads, tokens)
 
     def size_bytes(self, group: Group, tokens: Range) -> int:
         """Bytes of a block where it is read."""

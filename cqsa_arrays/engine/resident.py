@@ -12,6 +12,7 @@ from ..kernels.base import Kernel, KeyBlock
 from ..planner import Group, Problem
 from ..ranges import Range
 from ..storage import TokenSource
+from . import ahead
 from .pages import Pages
 from .results import Results
 from .schedule import Work
@@ -27,7 +28,7 @@ class Inputs:
     v: TokenSource
 
 
-class Blocks(Protocol):
+class Blocks(ahead.Blocks, Protocol):
     """The resident blocks of one input; see ``Pages`` and ``cuda.pages.DevicePages``."""
 
     def begin(self, group: Group) -> None:
@@ -35,12 +36,6 @@ class Blocks(Protocol):
 
     def load(self, tokens: Range) -> Any:
         """The block (batch, heads, tokens, dim) of the group."""
-
-    def prefetch(self, group: Group, tokens: Range) -> None:
-        """Ask the system to read a block ahead; for another thread."""
-
-    def size_bytes(self, group: Group, tokens: Range) -> int:
-        """Bytes of a block where it is read."""
 
 
 AnyBlocks = TypeVar("AnyBlocks", bound=Blocks)
@@ -67,17 +62,12 @@ class Operands(Generic[AnyBlocks]):
         queries = self.queries.load(step.queries)
         return queries, [KeyBlock(r.start, self.keys.load(r), self.values.load(r)) for r in step.keys]
 
-    def prefetch(self, group: Group, step: Step) -> None:
-        """Ask for the blocks of ``step`` to be read ahead; called from another thread."""
-        self.queries.prefetch(group, step.queries)
+    def of(self, step: Step) -> Iterator[tuple[AnyBlocks, Range]]:
+        """Every block of ``step``, with the input whose it is."""
+        yield self.queries, step.queries
         for tokens in step.keys:
-            self.keys.prefetch(group, tokens)
-            self.values.prefetch(group, tokens)
-
-    def size_bytes(self, group: Group, step: Step) -> int:
-        """Bytes of all blocks of ``step``."""
-        found = self.queries.size_bytes(group, step.queries)
-        return found + sum(b.size_bytes(group, tokens) for b in (self.keys, self.values) for tokens in step.keys)
+            yield self.keys, tokens
+            yield self.values, tokens
 
 
 class Resident(Protocol):

@@ -35,6 +35,8 @@ CHUNK_TABLE_BYTES = 32
 DEVICE_CHOICES = 6
 # States on a GPU while others wait elsewhere: one comes, one is continued, one leaves.
 PASSING_STATES = 3
+# Tiles under way on a GPU where all keys stay, as many as launches run ahead of it, and blocks of the next heads' keys.
+TILES_UNDER_WAY = 4
 # A step is run in parts of about so many seconds, between which a run may be saved or stopped, on a GPU once the parts
 # that are under way are done; shorter ones than so many rows would leave threads idle, or multiprocessors of a GPU.
 HOST_PART_S, DEVICE_PART_S = 2.0, 0.5
@@ -70,7 +72,8 @@ class Candidate:
     one after the other; ``states`` is where partial states wait between tasks: "memory" (of the computing device),
     "host" (of a GPU) or "disk".
     ``terms`` count against the budget of the computing device, ``host_terms`` against that of a GPU's host. A step is
-    run in parts of ``part_rows`` query rows, each of which should take ``part_s`` seconds at most.
+    run in parts of ``part_rows`` query rows, each of which should take ``part_s`` seconds at most. ``keys_stay``: all
+    key blocks of a group are resident together.
     """
 
     cover: str
@@ -88,6 +91,7 @@ class Candidate:
     host_terms: tuple[MemoryTerm, ...] = ()
     part_rows: int = 1 << 62
     part_s: float = 0.0
+    keys_stay: bool = False
 
     @property
     def memory_bytes(self) -> int:
@@ -106,7 +110,9 @@ class Candidate:
         """The cover of one group of heads."""
         queries = Cut(problem.query_tokens, self.query_parts, self.tile_tokens)
         keys = Cut(problem.key_tokens, self.key_parts, self.tile_tokens)
-        return (CqsCover if self.cover == "cqs" else RectangularCover)(queries, keys, problem.mask)
+        if self.cover == "cqs":
+            return CqsCover(queries, keys, problem.mask)
+        return RectangularCover(queries, keys, problem.mask, self.keys_stay)
 
 
 def head_groups(problem: Problem) -> list[tuple[int, int]]:
@@ -158,12 +164,18 @@ def cqs_candidate(problem: Problem, machine: Machine, group: tuple[int, int], st
     loads = 1.0 if chunks == 1 else float(size)
     moves = 0.0 if states == MEMORY else loads
     groups = problem.batch * problem.heads / heads
-    work = Work(loads, loads, moves, int(groups * chunks * size), residency.query_chunk)
+    work = Work(loads, loads, moves, int(groups * chunks * size), residency.query_chunk, residency.key_chunk)
     return _priced("cqs", problem, machine, group, (chunks, chunks), states, residency, work)
 
 
 def rectangular_residency(
-    problem: Problem, machine: Machine, group: tuple[int, int], key_block: int, query_parts: int
+    problem: Problem,
+    machine: Machine,
+    group: tuple[int, int],
+    key_block: int,
+    query_parts: int,
+    *,
+    keys_stay: bool = False,
 ) -> Residency:
     """What is resident: a query tile with its states, and a block of keys; more of them on a GPU."""
     heads = group[0] * group[1]
@@ -177,6 +189,9 @@ def rectangular_residency(
         # It copies the next blocks while it computes, and rows leave while the next are begun.
         key_slots, query_slots = min(3, int(key_parts * groups)), min(2, int(query_parts * groups))
         row_bytes = 0 if needs_no_state(problem, key_parts) else row_bytes
+    if keys_stay:
+        key_slots = key_parts + (min(key_parts, TILES_UNDER_WAY) if machine.gpu and groups > 1 else 0)
+        query_slots = min(TILES_UNDER_WAY, int(query_parts * groups)) if machine.gpu else 1
     return Residency(
         heads, queries.longest, keys.longest, key_slots, queries.longest, row_bytes, 0, machine.threads, query_slots,
         query_slots,
@@ -184,15 +199,31 @@ def rectangular_residency(
 
 
 def rectangular_candidate(
-    problem: Problem, machine: Machine, group: tuple[int, int], key_block: int, query_parts: int
+    problem: Problem,
+    machine: Machine,
+    group: tuple[int, int],
+    key_block: int,
+    query_parts: int,
+    *,
+    keys_stay: bool = False,
 ) -> Candidate:
-    """``query_parts`` query tiles stay, one after the other, with their states; blocks of ``key_block`` keys pass."""
+    """``query_parts`` query tiles stay, one after the other, with their states; blocks of ``key_block`` keys pass.
+
+    Where ``keys_stay`` the blocks of a group stay, too, and a tile meets all of them at once.
+    """
     parts = (query_parts, -(-problem.key_tokens // key_block))
-    residency = rectangular_residency(problem, machine, group, key_block, query_parts)
+    residency = rectangular_residency(problem, machine, group, key_block, query_parts, keys_stay=keys_stay)
     groups = problem.batch * problem.heads / residency.heads
-    passes = min(query_parts, _key_passes(problem, *parts)) if parts[1] > 1 else 1.0
-    blocks = max(1.0, parts[1] * passes / query_parts)  # those that a tile sees of them, on average
-    work = Work(1.0, passes, 0.0, int(groups * query_parts * blocks), residency.query_chunk, same_rows=parts[1] > 1)
+    passes, blocks, first = 1.0, 1.0, residency.key_chunk
+    if keys_stay:
+        seen = len(problem.mask.keys_of(residency.query_chunk - 1, problem.key_tokens))
+        first = -(-max(seen, 1) // first) * first
+    elif parts[1] > 1:
+        passes = min(query_parts, _key_passes(problem, *parts))
+        blocks = max(1.0, parts[1] * passes / query_parts)  # those that a tile sees of them, on average
+    same_rows = parts[1] > 1 and not keys_stay
+    steps = int(groups * query_parts * blocks)
+    work = Work(1.0, passes, 0.0, steps, residency.query_chunk, first, same_rows=same_rows, keys_stay=keys_stay)
     return _priced("rectangular", problem, machine, group, parts, MEMORY, residency, work)
 
 
@@ -208,13 +239,15 @@ def _priced(
 ) -> Candidate:
     scratch = 2 * residency.heads * problem.query_tokens * state_row_bytes(problem) if states == DISK else 0
     moved = traffic(problem, work)
-    keys_at_once = residency.key_chunk * (set_size(parts[0]) if cover == "cqs" else 1)
-    part_rows, part_s = _parts(problem, machine, residency, min(keys_at_once, problem.key_tokens))
+    chunks_at_once = set_size(parts[0]) if cover == "cqs" else parts[1] if work.keys_stay else 1
+    keys_at_once = min(residency.key_chunk * chunks_at_once, problem.key_tokens)
+    part_rows, part_s = _parts(problem, machine, residency, keys_at_once)
     if machine.gpu:
         return Candidate(
             cover, *parts, *group, states, residency, device_terms(problem, residency), moved, scratch,
             estimate_device_s(problem, residency, work, moved, machine.rates, machine.cache_bytes, states),
             machine.tile_tokens, host_terms(problem, residency, states), part_rows, part_s,
+            work.keys_stay,
         )  # fmt: skip
     return Candidate(
         cover, *parts, *group, states, residency, memory_terms(problem, residency), moved, scratch,
@@ -276,12 +309,12 @@ def _fitting_cqs(
 def rectangular_candidates(problem: Problem, machine: Machine, budget_bytes: int) -> Iterator[Candidate]:
     """For each group the largest query tile that fits beside the longest key block that does.
 
-    For a GPU also a tile as long as the block: it is there sooner.
+    For a GPU also a tile as long as the block, which is there sooner, and such tiles beside all blocks.
     """
     parts = range(1, machine.tiles(problem.query_tokens) + 1)
     terms = device_terms if machine.gpu else memory_terms
     for group in head_groups(problem):
-        found = []
+        found, staying = [], []
         for block in _key_blocks(problem, machine, budget_bytes):
             build = partial(rectangular_candidate, problem, machine, group, block * machine.tile_tokens)
             resident = partial(rectangular_residency, problem, machine, group, block * machine.tile_tokens)
@@ -290,11 +323,15 @@ def rectangular_candidates(problem: Problem, machine: Machine, budget_bytes: int
                 return total_bytes(terms(problem, resident(count))) <= budget_bytes
 
             fewest = _first_fitting(parts, fits)
+            square = min(parts[-1], -(-machine.tiles(problem.query_tokens) // block))
             if fewest is not None:
-                square = min(parts[-1], -(-machine.tiles(problem.query_tokens) // block))
                 found.append(build(fewest))
                 found += [build(square)] if machine.gpu and square > fewest else []
+            several = machine.gpu and block < machine.tiles(problem.key_tokens)
+            if several and total_bytes(terms(problem, resident(square, keys_stay=True))) <= budget_bytes:
+                staying.append(build(square, keys_stay=True))
         yield from islice(found, 2 * DEVICE_CHOICES if machine.gpu else 1)
+        yield from staying
 
 
 def _key_blocks(problem: Problem, machine: Machine, budget_bytes: int) -> list[int]:

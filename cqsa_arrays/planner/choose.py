@@ -93,7 +93,8 @@ def take_over(problem: Problem, budget: Budget, machine: Machine, device: str, s
         chosen = cqs_candidate(problem, machine, group, states, stored["query_parts"])
     else:
         key_block = -(-problem.key_tokens // stored["key_parts"])
-        chosen = rectangular_candidate(problem, machine, group, key_block, stored["query_parts"])
+        parts, stay = stored["query_parts"], stored["keys_stay"]
+        chosen = rectangular_candidate(problem, machine, group, key_block, parts, keys_stay=stay)
     if chosen.memory_bytes > budget.memory_bytes or not _host_feeds(chosen, budget):
         raise BudgetError(
             f"memory: to go on, this job needs {chosen.memory_bytes} bytes ({format_bytes(chosen.memory_bytes)}) on"

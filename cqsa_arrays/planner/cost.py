@@ -58,7 +58,8 @@ class Traffic:
 class Work:
     """How a cover repeats itself: how often each token is loaded, and in how many kernel calls of how many rows.
 
-    ``same_rows``: most calls continue the rows of the call before.
+    The first call sees ``first_keys`` keys. ``same_rows``: most calls continue the rows of the call before;
+    ``keys_stay``: each sees all keys of its rows, which are loaded by the first that needs them.
     """
 
     query_loads: float
@@ -66,7 +67,9 @@ class Work:
     state_moves: float
     steps: int
     rows_per_step: int
+    first_keys: int
     same_rows: bool = False
+    keys_stay: bool = False
 
 
 def traffic(problem: Problem, work: Work) -> Traffic:
@@ -125,7 +128,7 @@ def estimate_device_s(
     compute_s = problem.pairs * pair_s * (1 + _idle(rows, work, rates))
     compute_s += work.steps * rows * rates.row_launch_s
     host_s = work.steps * rates.launch_s + moved.input_read_bytes / rates.copied_bytes
-    first_tokens = {"q": residency.query_chunk, "k": residency.key_chunk, "v": residency.key_chunk}
+    first_tokens = {"q": residency.query_chunk, "k": work.first_keys, "v": work.first_keys}
     first_bytes = sum(
         operand.file_bytes / (problem.batch * problem.heads * operand.shape[2]) * residency.heads * first_tokens[name]
         for name, operand in (("q", problem.q), ("k", problem.k), ("v", problem.v))
@@ -134,17 +137,22 @@ def estimate_device_s(
     last_bytes *= residency.heads * residency.state_rows
     arrival_s = (1 - from_disk) / rates.copied_bytes + from_disk / rates.disk_read_bytes
     departure_s = 1 / rates.copied_bytes + (problem.result.place == "file") / rates.disk_write_bytes
-    ends_s = first_bytes * arrival_s + last_bytes * departure_s + _late_s(problem, residency, once, compute_s, rates)
+    groups = problem.batch * problem.heads / residency.heads
+    in_order = work.keys_stay and work.first_keys < problem.key_tokens
+    late_s = _late_s(once / groups / rates.disk_read_bytes, compute_s / groups, in_order)
+    ends_s = first_bytes * arrival_s + last_bytes * departure_s + late_s
     return max(compute_s, disk_s, link_s + state_s, host_s) + ends_s
 
 
-def _late_s(problem: Problem, residency: Residency, once: float, compute_s: float, rates: Rates) -> float:
-    """What the first group of heads waits for the disk; later ones are read ahead meanwhile.
+def _late_s(read_s: float, compute_s: float, in_order: bool) -> float:
+    """What a first group of so many seconds waits for the disk; later ones are read ahead meanwhile.
 
-    It needs nearly all of its tokens in about the first third of its time.
+    It needs nearly all of its tokens in about the first third of its time. Where it takes them ``in_order``, causal
+    work grows with their square, and from where it grows faster than time there is always some.
     """
-    groups = problem.batch * problem.heads / residency.heads
-    return max(0.0, once / groups / rates.disk_read_bytes - compute_s / groups / 3)
+    if not in_order:
+        return max(0.0, read_s - compute_s / 3)
+    return read_s**2 / (4 * compute_s) if read_s < 2 * compute_s else read_s - compute_s
 
 
 def _idle(rows: int, work: Work, rates: Rates) -> float:

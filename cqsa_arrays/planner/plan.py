@@ -101,7 +101,7 @@ class Plan:
     def identity(self) -> str:
         """A short name of everything that decides the bits: problem, cover, chunks, groups, lanes."""
         c = self.chosen
-        parts = (c.cover, c.query_parts, c.key_parts, c.batches, c.heads, c.tile_tokens, self.lanes)
+        parts = (c.cover, c.query_parts, c.key_parts, c.batches, c.heads, c.tile_tokens, self.lanes, c.keys_stay)
         text = json.dumps([self.problem.to_dict(), self.device, parts], sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
@@ -150,7 +150,8 @@ class Plan:
             share = f"{size / c.query_parts:.1%} of the tokens"
             shape = f"{_counted(c.query_parts, 'task')} of {_counted(size, 'chunk')} ({share})"
         else:
-            shape = f"{_counted(c.query_parts, 'query tile')}, each against {_counted(c.key_parts, 'key block')}"
+            stay = ", which stay" if c.keys_stay else ""
+            shape = f"{_counted(c.query_parts, 'query tile')}, each against {_counted(c.key_parts, 'key block')}{stay}"
         places = {
             MEMORY: "in memory", HOST: "in page-locked memory of the host", DISK: "in a scratch file, two slots each",
         }[c.states]  # fmt: skip

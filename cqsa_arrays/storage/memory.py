@@ -12,11 +12,13 @@ from ..errors import ArgumentError
 from ..ranges import Range
 from .dtypes import check_widening, copy_elements, piece_rows
 from .layout import Layout, Shape4
-from .rawfile import ADVICE_BYTES
 from .source import no_view
 
 WINDOW_BYTES = 2 << 20
 """A fault maps the pages around it, too, up to a huge page where the page cache has those: they are let go together."""
+
+ADVICE_BYTES = 128 << 10
+"""Linux heeds no more than one read-ahead window (128 KiB by default) of one advice: longer runs go in steps."""
 
 
 class HostSource:

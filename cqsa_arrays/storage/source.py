@@ -66,7 +66,7 @@ class TokenSource(Protocol):
         """This block of the array itself, without a copy; only where ``in_place``, and in ``dtype``."""
 
     def prefetch(self, batch: Range, heads: Range, tokens: Range) -> None:
-        """Ask the system to read this block's bytes ahead, without mapping them or waiting for them."""
+        """Have the system read this block's bytes into its page cache, without mapping them."""
 
     def overlaps(self, array: np.ndarray) -> bool:
         """Whether writing to ``array`` could change this input."""

@@ -18,17 +18,23 @@ GROUP = Group(Range(0, 1), Range(0, 1))
 
 
 class Operands:
-    """Steps of one size; notes what is asked for."""
+    """One input, with blocks of one size and the queries as their tokens; notes what is asked for."""
 
-    def __init__(self, step_bytes: int) -> None:
-        self.step_bytes, self.asked, self.sized = step_bytes, [], 0
+    def __init__(self, block_bytes: int) -> None:
+        self.block_bytes, self.asked, self.sized = block_bytes, [], 0
 
-    def size_bytes(self, group, step) -> int:
+    def of(self, step):
+        yield self, step.queries
+
+    def size_bytes(self, group, tokens) -> int:
         self.sized += 1
-        return self.step_bytes
+        return self.block_bytes
 
-    def prefetch(self, group, step) -> None:
-        self.asked.append(step.queries.start)
+    def holds(self, group, tokens) -> bool:
+        return False
+
+    def prefetch(self, group, tokens) -> None:
+        self.asked.append(tokens.start)
 
 
 class Immediately:
@@ -80,3 +86,14 @@ def test_short_steps_are_asked_for_in_bounded_number() -> None:
         assert operands.sized == len(operands.asked)
         if number == 1000:
             break
+
+
+@pytest.mark.parametrize(("distance", "expected"), [(30, [0, 1, 2]), (25, [0, 1, 2, 0, 1, 2])])
+def test_what_was_asked_for_lately_is_not_asked_for_again(distance, expected) -> None:
+    """Steps over three blocks of 10 bytes, twice: a distance shorter than them has forgotten the first meanwhile."""
+    rounds = [work for _ in range(2) for work in works(3)]
+    reader = ReadAhead(iter(rounds), operands := Operands(10), distance)
+    reader.request()
+    for _ in reader:
+        reader.request()
+    assert operands.asked == expected

@@ -105,10 +105,13 @@ class DevicePages:
             slot.used[stream.ptr] = stream.record()
         self._touched.clear()
 
+    def holds(self, group: Group, tokens: Range) -> bool:
+        """Whether a block is where it is needed, or on its way there; for another thread."""
+        return self._in_place or (group, tokens) in self._resident
+
     def prefetch(self, group: Group, tokens: Range) -> None:
-        """Ask the system to read a block ahead into the page cache, unless it is resident; for another thread."""
-        if not self._in_place and (group, tokens) not in self._resident:
-            self._source.prefetch(group.batch, group.heads, tokens)
+        """Have the system read tokens ahead into its page cache; for another thread."""
+        self._source.prefetch(group.batch, group.heads, tokens)
 
     def size_bytes(self, group: Group, tokens: Range) -> int:
         """Bytes of a block where it is read."""

@@ -96,10 +96,8 @@ class DeviceResident:
         """Begin to bring blocks of ``work``, as far as there is room beside what is loaded."""
         if work is None or work.step is None or not work.begins_step:
             return
-        self.operands.queries.preload(work.group, work.step.queries)
-        for tokens in work.step.keys:
-            self.operands.keys.preload(work.group, tokens)
-            self.operands.values.preload(work.group, tokens)
+        for pages, tokens in self.operands.of(work.step):
+            pages.preload(work.group, tokens)
         self.link.start()
 
     def settle(self) -> None:

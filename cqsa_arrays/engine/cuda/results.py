@@ -117,22 +117,30 @@ class DeviceOutput:
         """One piece, all of its way; runs in a thread of its own, which waits for the device without holding others."""
         way = None
         try:
-            way = self._way()
-            with self._device, way.stream:
-                assert state.statistics is not None
-                way.stream.wait_event(ready)
-                out, lse, size_bytes = self._cut(way.device, state.statistics)
-                self._kernel.finish(state.statistics, Finish(out, lse), fresh=state.fresh)
-                way.finished.record(way.stream)
-                way.finished.synchronize()
-                self._write(way, state.statistics, where, size_bytes)
+            try:
+                way = self._way()
+                size_bytes = self._finish(way, ready, state)
+            finally:  # the state is not read any more: what comes next may have its memory while this is written
+                left.one_done()
+            self._write(way, state, where, size_bytes)
         finally:
             if way is not None:
                 self._ways.put(way)
-            left.one_done()
 
-    def _write(self, way: Way, state: BlockStatistics, where: tuple[Range, Range, Range], size_bytes: int) -> None:
+    def _finish(self, way: Way, ready: Event, state: DeviceState) -> int:
+        """Have finished rows in the memory of ``way``; returns their bytes once they are there."""
+        assert state.statistics is not None
+        with self._device, way.stream:
+            way.stream.wait_event(ready)
+            out, lse, size_bytes = self._cut(way.device, state.statistics)
+            self._kernel.finish(state.statistics, Finish(out, lse), fresh=state.fresh)
+            way.finished.record(way.stream)
+            way.finished.synchronize()
+        return size_bytes
+
+    def _write(self, way: Way, state: DeviceState, where: tuple[Range, Range, Range], size_bytes: int) -> None:
         """Copy what is finished in the memory of ``way`` to the host and on to its place."""
+        assert state.statistics is not None
         if self._transfers is not None:
             assert isinstance(self._sink, ArraySink)
             batch, heads, tokens = where
@@ -140,9 +148,10 @@ class DeviceOutput:
             self._transfers.receive(Region(to, way.device.data.ptr), way.piece, way.stream.ptr)
             return
         host, kind = way.piece.memory, runtime.memcpyDeviceToHost
-        runtime.memcpyAsync(host.ctypes.data, way.device.data.ptr, size_bytes, kind, way.stream.ptr)
-        way.stream.synchronize()
-        out, lse, _ = self._cut(host, state)
+        with self._device:
+            runtime.memcpyAsync(host.ctypes.data, way.device.data.ptr, size_bytes, kind, way.stream.ptr)
+            way.stream.synchronize()
+        out, lse, _ = self._cut(host, state.statistics)
         self._sink.write_out(*where, out)
         if lse is not None:
             self._sink.write_lse(*where, lse)
