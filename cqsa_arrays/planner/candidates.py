@@ -252,7 +252,7 @@ def _priced(
     return Candidate(
         cover, *parts, *group, states, residency, memory_terms(problem, residency), moved, scratch,
         estimate_s(problem, residency, work, moved, machine.rates, machine.cache_bytes), machine.tile_tokens,
-        part_rows=part_rows, part_s=part_s,
+        part_rows=part_rows, part_s=part_s, keys_stay=work.keys_stay,
     )  # fmt: skip
 
 

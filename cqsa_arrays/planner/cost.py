@@ -33,7 +33,9 @@ class Rates:
     row_launch_s: float = 0.65e-9
     link_bytes: float = 50e9
     copied_bytes: float = 25e9
-    launch_s: float = 4e-4
+    # Of Python and the driver, beside the device: a launch, and rows whose operands come and whose result leaves.
+    launch_s: float = 1e-3
+    tile_s: float = 2.5e-3
 
     def flops(self, dtype: str, threads: int) -> float:
         per_thread = self.float32_flops_per_thread if dtype == "float32" else self.float64_flops_per_thread
@@ -127,7 +129,10 @@ def estimate_device_s(
     pair_s = rates.device_s(problem.q.dtype, 2 * (problem.head_dim + problem.value_dim))
     compute_s = problem.pairs * pair_s * (1 + _idle(rows, work, rates))
     compute_s += work.steps * rows * rates.row_launch_s
-    host_s = work.steps * rates.launch_s + moved.input_read_bytes / rates.copied_bytes
+    groups = problem.batch * problem.heads / residency.heads
+    tiles = groups * -(-problem.query_tokens // residency.query_chunk)
+    host_s = work.steps * rates.launch_s + tiles * rates.tile_s
+    copied_s = moved.input_read_bytes / rates.copied_bytes
     first_tokens = {"q": residency.query_chunk, "k": work.first_keys, "v": work.first_keys}
     first_bytes = sum(
         operand.file_bytes / (problem.batch * problem.heads * operand.shape[2]) * residency.heads * first_tokens[name]
@@ -137,11 +142,13 @@ def estimate_device_s(
     last_bytes *= residency.heads * residency.state_rows
     arrival_s = (1 - from_disk) / rates.copied_bytes + from_disk / rates.disk_read_bytes
     departure_s = 1 / rates.copied_bytes + (problem.result.place == "file") / rates.disk_write_bytes
-    groups = problem.batch * problem.heads / residency.heads
     in_order = work.keys_stay and work.first_keys < problem.key_tokens
+    if in_order:
+        # Launches grow from none to twice the average; the first of them wait for the host.
+        compute_s = compute_s * (1 + (host_s / (2 * compute_s)) ** 2) if host_s < 2 * compute_s else host_s
     late_s = _late_s(once / groups / rates.disk_read_bytes, compute_s / groups, in_order)
     ends_s = first_bytes * arrival_s + last_bytes * departure_s + late_s
-    return max(compute_s, disk_s, link_s + state_s, host_s) + ends_s
+    return max(compute_s, disk_s, link_s + state_s, host_s, copied_s) + ends_s
 
 
 def _late_s(read_s: float, compute_s: float, in_order: bool) -> float:

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cqsa_arrays.cover import CqsCover, RectangularCover, check_cover, set_size
+from cqsa_arrays.cover import CqsCover, RectangularCover, Step, check_cover, set_size
 from cqsa_arrays.errors import ArgumentError
 from cqsa_arrays.masks import Causal, Full
 from cqsa_arrays.ranges import Cut, Range
@@ -124,6 +124,17 @@ def test_rectangular_steps_are_the_visible_blocks_in_order() -> None:
         assert all(len(step.keys) == 1 for step in steps)
         assert all(a.keys[0].stop == b.keys[0].start for a, b in pairwise(steps))
         assert steps[-1].keys[0].stop >= cover.queries[index].stop > steps[-1].keys[0].start
+
+
+@pytest.mark.parametrize("mask", [Causal(), Causal(-9), Causal(13), Full()], ids=repr)
+def test_a_tile_meets_all_of_its_blocks_at_once_where_they_are_resident(mask) -> None:
+    apart, together = (RectangularCover(Cut(20, 4, 1), Cut(23, 10, 1), mask, at_once) for at_once in (False, True))
+    check_cover(together)
+    for one_by_one, at_once in zip(apart.tasks(), together.tasks(), strict=True):
+        keys = tuple(step.keys[0] for step in one_by_one.steps())
+        assert list(at_once.steps()) == ([Step(at_once.queries, keys)] if keys else [])
+        assert at_once.query_ranges() == one_by_one.query_ranges()
+        assert at_once.key_ranges() == one_by_one.key_ranges()
 
 
 class CountingMask(Full):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+import time
 from concurrent.futures import Future
 from itertools import count
 
@@ -9,7 +11,7 @@ import pytest
 
 from cqsa_arrays.cover import Step
 from cqsa_arrays.engine import ahead
-from cqsa_arrays.engine.ahead import MOST_STEPS, ReadAhead
+from cqsa_arrays.engine.ahead import MOST_STEPS, PART_BYTES, ReadAhead
 from cqsa_arrays.engine.schedule import Position, Work
 from cqsa_arrays.planner import Group
 from cqsa_arrays.ranges import Range
@@ -97,3 +99,27 @@ def test_what_was_asked_for_lately_is_not_asked_for_again(distance, expected) ->
     for _ in reader:
         reader.request()
     assert operands.asked == expected
+
+
+def test_a_large_block_is_read_part_by_part_and_left_when_the_run_ends(monkeypatch) -> None:
+    monkeypatch.undo()  # a thread of its own
+    begun, go_on, parts = threading.Event(), threading.Event(), []
+
+    class Slow(Operands):
+        def prefetch(self, group, tokens) -> None:
+            parts.append(tokens)
+            begun.set()
+            assert go_on.wait(20)
+
+    rows = Range(0, 1000)
+    work = Work(Position(), GROUP, Step(rows, (Range(0, 1),)), rows, None, False)
+    reader = ReadAhead(iter([work]), Slow(10 * PART_BYTES), 0)
+    reader.request()
+    assert begun.wait(20)
+    ending = threading.Thread(target=reader.close)
+    ending.start()
+    while not reader._closed:
+        time.sleep(0.001)
+    go_on.set()
+    ending.join()
+    assert parts == [Range(0, 100)]

@@ -21,6 +21,8 @@ from simulated_cuda import lock, simulated_gpu
 import cqsa_arrays as cqsa
 from cqsa_arrays import Options
 from cqsa_arrays.job import Request, attend, prepared
+from cqsa_arrays.planner.candidates import rectangular_candidate
+from cqsa_arrays.storage import OutputFile
 
 SEEDS = range(2)
 TOLERANCE = {"float16": 6e-4, "float32": 1e-6, "float64": 1e-13}
@@ -187,6 +189,60 @@ def test_files(gpu, cover, layout, tmp_path) -> None:
     assert sorted(os.listdir(tmp_path)) == ["in.h5", "out.h5"]
 
 
+@pytest.fixture
+def keys_stay(monkeypatch):
+    """Plans of query tiles beside resident keys: a function of how many of both, and of the heads of a group."""
+    choose = importlib.import_module("cqsa_arrays.planner.choose")
+
+    def force(tiles, blocks, heads=1) -> Options:
+        def only(problem, machine, budget_bytes):
+            block = -(-problem.key_tokens // blocks)
+            yield rectangular_candidate(problem, machine, (1, heads), block, tiles, keys_stay=True)
+
+        choose.choose.cache_clear()
+        monkeypatch.setattr(choose, "rectangular_candidates", only)
+        return Options(cover="rectangular", overwrite=True)
+
+    yield force
+    choose.choose.cache_clear()
+
+
+@pytest.mark.parametrize(("tiles", "blocks", "heads"), [(7, 7, 1), (3, 5, 2), (4, 2, 4), (1, 6, 1)])
+@pytest.mark.parametrize("offset", [None, 0, -500, 300], ids=lambda offset: f"offset {offset}")
+def test_keys_that_stay(gpu, keys_stay, tiles, blocks, heads, offset) -> None:
+    arrays = qkv(2, 4, 900, 1100, value_dim=8, dtype="f4")
+    mask = None if offset is None else cqsa.causal(offset)
+    call = {"mask": mask, "device": "cuda", "memory": "64MiB", "options": keys_stay(tiles, blocks, heads)}
+    plan = cqsa.plan(*arrays, **call)
+    assert plan.chosen.keys_stay
+    assert f"{blocks} key blocks, which stay" in str(plan)
+    before = gpu.used_bytes
+    close(cqsa.attention(*arrays, **call), exact(*arrays, offset))
+    assert gpu.peak_bytes - before == plan.memory_bytes
+
+
+def test_rows_that_are_written_do_not_keep_the_memory_of_their_state(gpu, keys_stay, tmp_path, monkeypatch) -> None:
+    """Four states for eight tiles; the rows of the first four are not written before the fifth is launched."""
+    arrays, kernel = qkv(1, 1, 8 * 128), importlib.import_module("cqsa_arrays.kernels.cuda.kernel").CudaKernel
+    launched, fifth, accumulate, write = [], threading.Event(), kernel.accumulate, OutputFile.write_out
+
+    def counted(*given, **named):
+        launched.append(given[2])
+        if len(launched) == 5:
+            fifth.set()
+        return accumulate(*given, **named)
+
+    def late(*given) -> None:
+        assert fifth.wait(20), "a state is kept until its rows are written"
+        write(*given)
+
+    monkeypatch.setattr(kernel, "accumulate", counted)
+    monkeypatch.setattr(OutputFile, "write_out", late)
+    call = {"causal": True, "device": "cuda", "memory": "64MiB", "options": keys_stay(8, 8)}
+    assert cqsa.plan(*arrays, **call).chosen.residency.state_slots == 4
+    close(cqsa.attention(*arrays, out=tmp_path / "out.h5", **call), exact(*arrays, 0))
+
+
 @by_cover
 @pytest.mark.parametrize("at", [1, 4, 9])
 def test_an_error_of_the_device_ends_the_run_and_leaves_nothing(gpu, cover, at, tmp_path) -> None:
@@ -236,8 +292,7 @@ def test_an_error_while_a_way_out_is_made_is_raised(gpu, cover, monkeypatch) -> 
     assert gpu.used_bytes == 0
 
 
-@by_cover
-def test_an_interruption_begins_no_further_part_of_the_next_step(gpu, cover, monkeypatch) -> None:
+def test_an_interruption_begins_no_further_part_of_the_next_step(gpu, monkeypatch) -> None:
     link = importlib.import_module("cqsa_arrays.engine.cuda.link")
     resident = importlib.import_module("cqsa_arrays.engine.cuda.resident")
     transfer = importlib.import_module("cqsa_arrays.engine.cuda.transfer")
@@ -267,7 +322,7 @@ def test_an_interruption_begins_no_further_part_of_the_next_step(gpu, cover, mon
     monkeypatch.setattr("cqsa_arrays.planner.memory.PINNED_PIECE_BYTES", 1024)
     monkeypatch.setattr("cqsa_arrays.engine.cuda.memory.PINNED_PIECE_BYTES", 1024)
     with pytest.raises(KeyboardInterrupt):
-        cqsa.attention(*qkv(1, 3, 900), causal=True, device="cuda", options=Options(cover=cover, chunks=None))
+        cqsa.attention(*qkv(1, 3, 900), causal=True, device="cuda", options=Options(chunks=2))
     _, done, shares = shipments[1]._counts.tolist()
     assert len(shipments) == 2
     assert done < shares / 2

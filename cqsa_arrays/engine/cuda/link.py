@@ -29,13 +29,21 @@ class Coming(Protocol):
 class Slot:
     """Memory for one block; the events come when it has arrived, and when the kernels that read it are done.
 
-    ``arrived`` is recorded when nothing is ``coming`` any more.
+    ``arrived`` is recorded when nothing is ``coming`` any more; the streams in ``awaited_on`` wait for it already.
     """
 
     memory: Any
     arrived: cupy.cuda.Event
+    awaited_on: set[int] = field(default_factory=set)
     used: dict[int, cupy.cuda.Event] = field(default_factory=dict)  # by stream
     coming: Coming | None = None
+
+    def await_on(self, stream: cupy.cuda.Stream) -> None:
+        """What is put on ``stream`` from now on comes after all of the block; returns when that is on its way."""
+        self.await_coming()
+        if stream.ptr not in self.awaited_on:  # each call of the driver hands over Python's lock
+            stream.wait_event(self.arrived)
+            self.awaited_on.add(stream.ptr)
 
     def await_coming(self) -> None:
         """Return when all of the block is on its way to the device."""
@@ -84,10 +92,10 @@ class Link:
         if not asked:
             return
         regions = [region for _, _, some in asked for region in some]
-        after = [event for _, events, _ in asked for event in events]
+        after = list({id(event): event for _, events, _ in asked for event in events}.values())
         arrived = [slot.arrived for slot, _, _ in asked]
         shipment = Shipment(regions, after, arrived, self.pieces.size_bytes // SHARES)
-        batch = self.readers.start([shipment] * READER_THREADS, self.send)
+        batch = self.readers.start([shipment] * min(READER_THREADS, shipment.share_count), self.send)
         self._note(batch, shipment)
         for slot, _, _ in asked:
             slot.coming = Sending(shipment, batch, self)

@@ -96,13 +96,12 @@ class DevicePages:
         Returns when these are read; an error of the reading is raised.
         """
         for slot in self._touched:
-            slot.await_coming()
-            stream.wait_event(slot.arrived)
+            slot.await_on(stream)
 
-    def release(self, stream: cupy.cuda.Stream) -> None:
-        """The kernels that read those blocks are on ``stream``."""
+    def release(self, stream: cupy.cuda.Stream, used: cupy.cuda.Event) -> None:
+        """The kernels that read those blocks are on ``stream``, before the event ``used``."""
         for slot in self._touched:
-            slot.used[stream.ptr] = stream.record()
+            slot.used[stream.ptr] = used
         self._touched.clear()
 
     def holds(self, group: Group, tokens: Range) -> bool:
@@ -126,6 +125,7 @@ class DevicePages:
         """Ask for the block; from page-locked memory the device copies it by itself."""
         slot.await_coming()
         used, slot.used = tuple(slot.used.values()), {}
+        slot.awaited_on.clear()
         link = self._link
         if self._locked is not None:
             for event in used:

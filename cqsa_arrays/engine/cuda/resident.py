@@ -75,13 +75,13 @@ class DeviceResident:
         for pages in self.operands:
             pages.await_loaded(lane)
         with lane:
-            self.kernel.accumulate(
+            used = self.kernel.accumulate(
                 queries[:, :, rows], part.start, blocks, state.statistics, diagonal=self.problem.mask.diagonal,
                 scale=self.problem.scale, done=done, fresh=state.fresh, finish=finish,
             )  # fmt: skip
-        self.states.store(step.queries, part, lane)
+        self.states.store(step.queries, part, used)
         for pages in self.operands:
-            pages.release(lane)
+            pages.release(lane, used)
         self._preload(upcoming)  # the rest, in places of blocks that this launch reads
         if upcoming is not None and upcoming.step is not None and upcoming.group == self.group:
             self.states.preload(upcoming.step.queries)

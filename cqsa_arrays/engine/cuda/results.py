@@ -26,6 +26,9 @@ from .memory import Arena, Piece, pinned_piece, spare
 from .states import DeviceState
 from .transfer import Region, Transfers
 
+# Smaller pieces take a thread longer to begin than to write.
+LEAST_BYTES = 1 << 20
+
 
 @dataclass(frozen=True, slots=True)
 class Finished:
@@ -100,8 +103,7 @@ class DeviceOutput:
         self._raise_errors()
         ready, state = finished.lane.record(), finished.state.statistics
         assert state is not None, "rows leave through a state"
-        fewest = -(-len(finished.rows) // self._slot.rows)
-        cut = Cut(len(finished.rows), min(len(finished.rows), -(-fewest // OUTPUT_SLOTS) * OUTPUT_SLOTS), 1)
+        cut = Cut(len(finished.rows), self._pieces(len(finished.rows)), 1)
         batches = list(enumerate(finished.group.batch.split(1)))
         pieces = [(b, batch, piece) for b, batch in batches for piece in map(cut.__getitem__, range(len(cut)))]
         left = _Countdown(len(pieces), lambda: finished.release(None))
@@ -112,6 +114,11 @@ class DeviceOutput:
             where = (batch, finished.group.heads, tokens)
             piece_state = DeviceState(statistics, finished.state.fresh)
             self._under_way.append(self._writers.submit(self._send, ready, piece_state, where, left))
+
+    def _pieces(self, rows: int) -> int:
+        """Into how many pieces rows are cut: as few as fit, then as many for each thread, if those are not small."""
+        fewest, smaller = -(-rows // self._slot.rows), rows * self._slot.size_bytes // self._slot.rows // LEAST_BYTES
+        return max(fewest, min(-(-fewest // OUTPUT_SLOTS) * OUTPUT_SLOTS, smaller))
 
     def _send(self, ready: Event, state: DeviceState, where: tuple[Range, Range, Range], left: _Countdown) -> None:
         """One piece, all of its way; runs in a thread of its own, which waits for the device without holding others."""

@@ -190,10 +190,10 @@ class DeviceStates:
         state = BlockStatistics(whole.acc[:, :, rows], whole.m[:, :, rows], whole.l[:, :, rows])
         return DeviceState(state, first >= slot.rows)
 
-    def store(self, chunk: Range, part: Range, lane: Stream) -> None:
-        """The work on the state that ``load`` gave is on ``lane``."""
+    def store(self, chunk: Range, part: Range, used: Event) -> None:
+        """The work on the state that ``load`` gave comes before the event ``used``."""
         slot = self._resident[chunk]
-        slot.used_on(lane)
+        slot.wait_for = [used]
         slot.rows = max(slot.rows, part.stop - chunk.start)
         self._changed.add(chunk)
 
@@ -342,7 +342,7 @@ class NoStates:
         self._begun.add(chunk)
         return DeviceState(None, True)
 
-    def store(self, chunk: Range, part: Range, lane: Stream) -> None:
+    def store(self, chunk: Range, part: Range, used: Event) -> None:
         """Nothing to do."""
 
     def preload(self, chunk: Range) -> None:

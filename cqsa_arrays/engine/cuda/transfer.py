@@ -53,6 +53,11 @@ class Shipment:
         self._share_bytes = share_bytes
 
     @property
+    def share_count(self) -> int:
+        """How many shares there are to send."""
+        return int(self._counts[2])
+
+    @property
     def sent(self) -> bool:
         """Whether every copy and the events are on the stream."""
         return bool(self._counts[1] > self._counts[2])

@@ -97,8 +97,10 @@ class CudaKernel:
         done: Callable[[Range], None],
         fresh: bool = False,
         finish: Finish | None = None,
-    ) -> None:
+    ) -> cupy.cuda.Event:
         """See ``Kernel.accumulate``; returns when the work is on the stream, a few launches ahead of the device.
+
+        The event that it returns comes when that work is done.
 
         ``fresh``: the state holds nothing yet. ``finish``: these are all keys of the rows, which are written there;
         where there is no state, they are accumulated in one span.
@@ -119,6 +121,7 @@ class CudaKernel:
         finished.record()
         self._launches.append(_Launch(finished, done, rows, queries.shape[0] * queries.shape[1]))
         self._tell(_LAUNCHES_AHEAD)
+        return finished
 
     def finish(self, state: BlockStatistics, to: Finish, *, fresh: bool) -> None:
         """Write ``acc / l`` and the log-sum-exp of ``state``; ``fresh``: it holds nothing. By any thread.
