@@ -37,6 +37,7 @@ DEVICE_CHOICES = 6
 PASSING_STATES = 3
 # Tiles under way on a GPU where all keys stay, as many as launches run ahead of it, and blocks of the next heads' keys.
 TILES_UNDER_WAY = 4
+MOST_BLOCKS_AT_ONCE = 64
 # A step is run in parts of about so many seconds, between which a run may be saved or stopped, on a GPU once the parts
 # that are under way are done; shorter ones than so many rows would leave threads idle, or multiprocessors of a GPU.
 HOST_PART_S, DEVICE_PART_S = 2.0, 0.5
@@ -188,7 +189,7 @@ def rectangular_residency(
     if machine.gpu:
         # It copies the next blocks while it computes, and rows leave while the next are begun.
         key_slots, query_slots = min(3, int(key_parts * groups)), min(2, int(query_parts * groups))
-        row_bytes = 0 if needs_no_state(problem, key_parts) else row_bytes
+        row_bytes = 0 if needs_no_state(problem, 1 if keys_stay else key_parts) else row_bytes
     if keys_stay:
         key_slots = key_parts + (min(key_parts, TILES_UNDER_WAY) if machine.gpu and groups > 1 else 0)
         query_slots = min(TILES_UNDER_WAY, int(query_parts * groups)) if machine.gpu else 1
@@ -327,8 +328,14 @@ def rectangular_candidates(problem: Problem, machine: Machine, budget_bytes: int
             if fewest is not None:
                 found.append(build(fewest))
                 found += [build(square)] if machine.gpu and square > fewest else []
-            several = machine.gpu and block < machine.tiles(problem.key_tokens)
-            if several and total_bytes(terms(problem, resident(square, keys_stay=True))) <= budget_bytes:
+            key_parts = -(-machine.tiles(problem.key_tokens) // block)
+            several = machine.gpu and 1 < key_parts <= MOST_BLOCKS_AT_ONCE
+            # Only where passing blocks fit, too: the smallest budget is one of theirs.
+            if (
+                several
+                and fits(square)
+                and total_bytes(terms(problem, resident(square, keys_stay=True))) <= budget_bytes
+            ):
                 staying.append(build(square, keys_stay=True))
         yield from islice(found, 2 * DEVICE_CHOICES if machine.gpu else 1)
         yield from staying

@@ -59,10 +59,12 @@ def state_row_bytes(problem: Problem, *, in_result: bool = False) -> int:
 
 
 def needs_no_state(problem: Problem, key_parts: int) -> bool:
-    """Whether a GPU writes finished rows of an array there by the one launch that computes them, from registers."""
+    """Whether a GPU finishes rows of an array by the one launch that computes them, from registers.
+
+    Not those of a file: a job that is saved in the middle of a chunk keeps a state of its rows.
+    """
     longest = WHOLE_KEYS.get(problem.q.dtype, 0)
-    finished = problem.result.on_device and problem.result.row_scalars == 0
-    return finished and key_parts == 1 and problem.key_tokens <= longest
+    return problem.result.row_scalars == 0 and key_parts == 1 and problem.key_tokens <= longest
 
 
 def output_piece_rows(problem: Problem, heads: int) -> int:
@@ -106,6 +108,30 @@ class OutputSlot:
     size_bytes: int
     lse_itemsize: int
 
+    @property
+    def locked_bytes(self) -> int:
+        """As much on the host: pieces like those of the inputs, or larger where a single row is."""
+        return max(PINNED_PIECE_BYTES, self.size_bytes)
+
+
+@dataclass(frozen=True, slots=True)
+class OutputTile:
+    """The places in which launches finish rows that leave the device afterwards: ``count`` of them, each for a chunk.
+
+    ``token_major``: heads lie inside tokens.
+    """
+
+    count: int
+    size_bytes: int
+    dim: int
+    token_major: bool
+
+
+def output_tile(problem: Problem, residency: Residency) -> OutputTile:
+    """As many as there are query chunks: one is written, others leave."""
+    size_bytes = residency.heads * residency.query_chunk * problem.value_dim * problem.result.itemsize
+    return OutputTile(residency.query_slots, _whole(size_bytes), problem.value_dim, problem.token_major)
+
 
 def output_slot(problem: Problem, residency: Residency) -> OutputSlot:
     """Large enough for the link, no larger than a chunk, nor than a page-locked piece unless a single row is."""
@@ -126,7 +152,7 @@ def device_terms(problem: Problem, residency: Residency) -> tuple[MemoryTerm, ..
         MemoryTerm("value chunks", 0 if problem.v.in_place else key_rows * problem.value_dim * problem.v.itemsize),
         MemoryTerm("query chunks", 0 if problem.q.in_place else query_rows * problem.head_dim * problem.q.itemsize),
         MemoryTerm("states", r.state_slots * _whole(r.heads * r.query_chunk * r.state_row_bytes)),
-        MemoryTerm("output pieces", _outgoing_bytes(problem, r)),
+        MemoryTerm("output tiles" if _leaves_in_tiles(problem, r) else "output pieces", _outgoing_bytes(problem, r)),
     )
     return tuple(MemoryTerm(t.name, _whole(t.size_bytes)) for t in terms if t.size_bytes)
 
@@ -162,7 +188,17 @@ def _staging_bytes(problem: Problem) -> int:
 
 
 def _outgoing_bytes(problem: Problem, residency: Residency) -> int:
-    return OUTPUT_SLOTS * output_slot(problem, residency).size_bytes if _leaves_in_pieces(problem) else 0
+    if not _leaves_in_pieces(problem):
+        return 0
+    if _leaves_in_tiles(problem, residency):
+        tile = output_tile(problem, residency)
+        return tile.count * tile.size_bytes
+    return OUTPUT_SLOTS * output_slot(problem, residency).size_bytes
+
+
+def _leaves_in_tiles(problem: Problem, residency: Residency) -> bool:
+    """Whether launches finish rows that leave the device."""
+    return residency.state_row_bytes == 0 and not problem.result.on_device
 
 
 def _leaves_in_pieces(problem: Problem) -> bool:
@@ -171,8 +207,7 @@ def _leaves_in_pieces(problem: Problem) -> bool:
 
 
 def _locked_output_bytes(problem: Problem, residency: Residency) -> int:
-    """Pieces like those of the inputs, or larger where a single row is; see ``engine.cuda.memory.pinned_piece``."""
-    return OUTPUT_SLOTS * max(PINNED_PIECE_BYTES, output_slot(problem, residency).size_bytes)
+    return OUTPUT_SLOTS * output_slot(problem, residency).locked_bytes
 
 
 def _whole(size_bytes: int) -> int:

@@ -221,6 +221,26 @@ def test_keys_that_stay(gpu, keys_stay, tiles, blocks, heads, offset) -> None:
     assert gpu.peak_bytes - before == plan.memory_bytes
 
 
+@pytest.mark.parametrize("layout", ["bhnd", "bnhd"])
+@pytest.mark.parametrize("offset", [None, 0, -500], ids=lambda offset: f"offset {offset}")
+@pytest.mark.parametrize("heads", [1, 3], ids=lambda heads: f"{heads} heads together")
+@pytest.mark.parametrize("ours", [True, False], ids=["an array that takes bytes as they are", "another"])
+def test_rows_that_one_launch_finishes_leave_for_the_host(gpu, keys_stay, layout, offset, heads, ours) -> None:
+    arrays = qkv(2, 3, 900, 700, value_dim=8)
+    heads = 3 if layout == "bnhd" else heads
+    call = {
+        "mask": None if offset is None else cqsa.causal(offset), "device": "cuda", "memory": "64MiB", "layout": layout,
+        "options": keys_stay(5, 4, heads),
+    }  # fmt: skip
+    swapped = [x.swapaxes(1, 2) if layout == "bnhd" else x for x in arrays]
+    wide = np.full((*swapped[0].shape[:3], 8 if ours else 16), np.nan, "f2")
+    out = wide if ours else wide[..., ::2]
+    plan = cqsa.plan(*swapped, out=out, **call)
+    assert "none: each launch finishes its rows" in str(plan)
+    cqsa.attention(*swapped, out=out, **call)
+    close(out.swapaxes(1, 2) if layout == "bnhd" else out, exact(*arrays, offset))
+
+
 def test_rows_that_are_written_do_not_keep_the_memory_of_their_state(gpu, keys_stay, tmp_path, monkeypatch) -> None:
     """Four states for eight tiles; the rows of the first four are not written before the fifth is launched."""
     arrays, kernel = qkv(1, 1, 8 * 128), importlib.import_module("cqsa_arrays.kernels.cuda.kernel").CudaKernel
@@ -280,13 +300,13 @@ def test_an_error_while_a_way_out_is_made_is_raised(gpu, cover, monkeypatch) -> 
     arrays = qkv(1, 3, 900)
     call = {"causal": True, "device": "cuda", "options": Options(cover=cover)}
     call["memory"] = least(*arrays, **call)
-    results = importlib.import_module("cqsa_arrays.engine.cuda.results")
+    departures = importlib.import_module("cqsa_arrays.engine.cuda.departures")
 
     def late(size_bytes: int) -> None:
         time.sleep(0.2)
         raise MemoryError("no page can be locked")
 
-    monkeypatch.setattr(results, "pinned_piece", late)
+    monkeypatch.setattr(departures, "pinned_piece", late)
     with pytest.raises(MemoryError, match="no page can be locked"):
         cqsa.attention(*arrays, **call)
     assert gpu.used_bytes == 0
@@ -376,7 +396,7 @@ def test_memory_that_cannot_be_locked_is_an_error(gpu, chunks, monkeypatch) -> N
 
 
 def test_an_error_of_writing_is_raised_whenever_it_comes(gpu) -> None:
-    results = importlib.import_module("cqsa_arrays.engine.cuda.results")
+    departures = importlib.import_module("cqsa_arrays.engine.cuda.departures")
 
     class Late(Future):
         """Fails when it has been asked ``before`` times."""
@@ -392,12 +412,12 @@ def test_an_error_of_writing_is_raised_whenever_it_comes(gpu) -> None:
             return super().done()
 
     for before in (1, 2, 3):
-        output = object.__new__(results.DeviceOutput)
+        output = departures.Departures(None, None, None, None, 0)
         output._under_way = [late := Late(before)]
         raised = []
         while late.left > -3 and output._under_way:
             try:
-                output._raise_errors()
+                output.raise_errors()
             except OSError as error:
                 raised.append(str(error))
         assert raised == ["the disk is full"]

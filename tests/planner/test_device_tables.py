@@ -153,6 +153,19 @@ CASES = {
             "threads": THREADS,
         },
     ),
+    # The same into an array: a launch finishes its rows, and four tiles of output are under way.
+    "rectangular, keys stay, no states": (
+        problem(heads=2, queries=384, dim=64, dtype="float16", place="array"),
+        lambda one: rectangular_candidate(one, MACHINE, (1, 1), 128, 3, keys_stay=True),
+        {
+            "key chunks": 6 * 128 * 64 * 2, "value chunks": 6 * 128 * 64 * 2, "query chunks": 4 * 128 * 64 * 2,
+            "output tiles": 4 * 128 * 64 * 2,
+        },
+        {
+            "page-locked pieces": PINNED, "page-locked output": OUTPUT_SLOTS * PINNED_PIECE_BYTES,
+            "threads": THREADS,
+        },
+    ),
     # What lies on the device is the caller's, and rows of one launch have no state between launches.
     "in place": (
         on_device(problem(queries=1000, dim=8, dtype="float16", in_place=True)),

@@ -16,7 +16,7 @@ from ...errors import DeviceError
 from ...kernels.base import KeyBlock
 from ...kernels.cuda.kernel import CudaKernel
 from ...planner import Group, Plan, Problem
-from ...planner.memory import DISK, HOST, OUTPUT_SLOTS, PINNED_PIECES, READER_THREADS, output_slot
+from ...planner.memory import DISK, HOST, OUTPUT_SLOTS, PINNED_PIECES, READER_THREADS, output_slot, output_tile
 from ...ranges import Range
 from ...storage import ArraySink, HostSource
 from ...storage.dtypes import SUPPORTED
@@ -26,11 +26,12 @@ from ..results import OutputResults, Results, StatisticsResults
 from ..schedule import Work
 from ..statefile import StateFile
 from ..states import scratch_file
+from .departures import Departures
 from .lanes import Lanes
 from .link import Link
 from .memory import Arena, PinnedPieces, pinned
 from .pages import DevicePages
-from .results import DeviceArrayOutput, DeviceOutput, DeviceResults, DeviceStatistics, Finished
+from .results import DeviceArrayOutput, DeviceOutput, DeviceResults, DeviceStatistics, DeviceTiles, Finished
 from .states import DeviceStates, NoStates, PinnedStates, Saved, StatesOnDisk, WaitingPlace
 from .transfer import Transfers, open_transfers
 
@@ -70,7 +71,7 @@ class DeviceResident:
         self._preload(upcoming)
         lane = self.lanes.of(self.group, step.queries)
         state = self.states.load(step.queries, part, lane)
-        finish = self.results.whole(self.group, part) if state.statistics is None else None
+        finish = self.results.whole(self.group, step.queries, part) if state.statistics is None else None
         rows = slice(part.start - step.queries.start, part.stop - step.queries.start)
         for pages in self.operands:
             pages.await_loaded(lane)
@@ -200,9 +201,14 @@ def _outgoing(
     if problem.result.on_device:
         assert isinstance(results.sink, ArraySink)
         return DeviceArrayOutput(results.sink.out, kernel, holds_states=holds_states)
-    slot, dtype = output_slot(problem, plan.chosen.residency), SUPPORTED[problem.result.dtype]
+    dtype = SUPPORTED[problem.result.dtype]
+    slot = output_slot(problem, plan.chosen.residency)
     as_it_is = isinstance(results.sink, ArraySink) and not slot.lse_itemsize and _takes(results.sink.out, dtype)
-    return DeviceOutput(results.sink, kernel, arena, slot, dtype, transfers if as_it_is else None, writers)
+    device, sent_by = cupy.cuda.Device(), transfers if as_it_is else None
+    departures = Departures(results.sink, sent_by, writers, device, slot.locked_bytes)
+    if plan.no_states:
+        return DeviceTiles(departures, arena, dtype, output_tile(problem, plan.chosen.residency))
+    return DeviceOutput(departures, kernel, arena, slot, dtype)
 
 
 def _takes(array: Any, dtype: np.dtype) -> bool:

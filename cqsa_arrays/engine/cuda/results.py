@@ -3,31 +3,25 @@
 from __future__ import annotations
 
 import queue
-import threading
-from collections.abc import Callable
-from concurrent.futures import FIRST_EXCEPTION, Future, wait
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from itertools import product
 from typing import Any, Protocol
 
 import cupy
 import numpy as np
-from cupy.cuda import Event, Stream, runtime
+from cupy.cuda import Event, Stream
 
 from ...block_statistics import BlockStatistics
 from ...kernels.cuda.call import Finish
 from ...kernels.cuda.kernel import CudaKernel
 from ...planner import Group
-from ...planner.memory import OUTPUT_SLOTS, OutputSlot
+from ...planner.memory import OUTPUT_SLOTS, OutputSlot, OutputTile
 from ...ranges import Cut, Range
-from ...storage import ArraySink, Sink
-from ...workers import Workers
-from .memory import Arena, Piece, pinned_piece, spare
+from .departures import Countdown, Departures, Where
+from .memory import Arena
 from .states import DeviceState
-from .transfer import Region, Transfers
-
-# Smaller pieces take a thread longer to begin than to write.
-LEAST_BYTES = 1 << 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,8 +40,8 @@ class DeviceResults(Protocol):
 
     home: Any | None
 
-    def whole(self, group: Group, rows: Range) -> Finish | None:
-        """Where the launch that computes all of ``rows`` may write them finished, if it may."""
+    def whole(self, group: Group, chunk: Range, part: Range) -> Finish | None:
+        """Where a launch that computes all of the rows ``part`` of a chunk may write them finished, if it may."""
 
     def take(self, finished: Finished) -> None:
         """Hand the rows out and release their state."""
@@ -59,165 +53,148 @@ class DeviceResults(Protocol):
         """Stop writing."""
 
 
-@dataclass(frozen=True, slots=True)
-class Way:
-    """One way out: memory on the device, as much that is page-locked, the stream that finishes and copies."""
-
-    device: Any
-    piece: Piece
-    stream: Stream
-    finished: Event  # asked for asleep: whoever waits for a kernel should leave its processor to those that copy
-
-
 class DeviceOutput:
-    """Writes output and log-sum-exp to a sink on the host, in pieces of ``slot.rows`` rows, several at a time.
-
-    ``transfers``: those of a sink whose array takes the rows as they are, without log-sum-exp.
-    """
+    """Finishes the states of rows in pieces of ``slot.rows`` of them, several at a time, which leave for a sink."""
 
     home = None
 
     def __init__(
-        self,
-        sink: Sink,
-        kernel: CudaKernel,
-        arena: Arena,
-        slot: OutputSlot,
-        dtype: np.dtype,
-        transfers: Transfers | None,
-        writers: Workers,
+        self, departures: Departures, kernel: CudaKernel, arena: Arena, slot: OutputSlot, dtype: np.dtype
     ) -> None:
-        self._sink, self._kernel, self._slot, self._dtype = sink, kernel, slot, dtype
-        self._transfers, self._writers = transfers, writers
-        self._device = cupy.cuda.Device()
-        self._places = queue.SimpleQueue[Any]()
+        self._departures, self._kernel, self._slot, self._dtype = departures, kernel, slot, dtype
+        self._places = queue.SimpleQueue[Any]()  # as many as threads
         for memory in arena.take((OUTPUT_SLOTS, slot.size_bytes), np.uint8):
             self._places.put(memory)
-        self._ways: queue.SimpleQueue[Way] = queue.SimpleQueue()
-        self._under_way: list[Future[None]] = []
 
-    def whole(self, group: Group, rows: Range) -> Finish | None:
+    def whole(self, group: Group, chunk: Range, part: Range) -> Finish | None:
         return None
 
     def take(self, finished: Finished) -> None:
-        self._raise_errors()
+        self._departures.raise_errors()
         ready, state = finished.lane.record(), finished.state.statistics
         assert state is not None, "rows leave through a state"
-        cut = Cut(len(finished.rows), self._pieces(len(finished.rows)), 1)
+        rows, row_bytes = len(finished.rows), self._slot.size_bytes // self._slot.rows
+        cut = Cut(rows, min(rows, self._departures.pieces(rows, row_bytes)), 1)
         batches = list(enumerate(finished.group.batch.split(1)))
         pieces = [(b, batch, piece) for b, batch in batches for piece in map(cut.__getitem__, range(len(cut)))]
-        left = _Countdown(len(pieces), lambda: finished.release(None))
+        left = Countdown(len(pieces), lambda: finished.release(None))
         for b, batch, piece in pieces:
             part = (slice(b, b + 1), slice(None), piece.slice)
             tokens = Range(finished.rows.start + piece.start, finished.rows.start + piece.stop)
             statistics = BlockStatistics(state.acc[part], state.m[part], state.l[part])
             where = (batch, finished.group.heads, tokens)
-            piece_state = DeviceState(statistics, finished.state.fresh)
-            self._under_way.append(self._writers.submit(self._send, ready, piece_state, where, left))
+            self._departures.submit(self._send, ready, DeviceState(statistics, finished.state.fresh), where, left)
 
-    def _pieces(self, rows: int) -> int:
-        """Into how many pieces rows are cut: as few as fit, then as many for each thread, if those are not small."""
-        fewest, smaller = -(-rows // self._slot.rows), rows * self._slot.size_bytes // self._slot.rows // LEAST_BYTES
-        return max(fewest, min(-(-fewest // OUTPUT_SLOTS) * OUTPUT_SLOTS, smaller))
-
-    def _send(self, ready: Event, state: DeviceState, where: tuple[Range, Range, Range], left: _Countdown) -> None:
+    def _send(self, ready: Event, state: DeviceState, where: Where, left: Countdown) -> None:
         """One piece, all of its way; runs in a thread of its own, which waits for the device without holding others."""
-        way = None
+        with ExitStack() as stack:
+            with left:  # the state is not read any more then: what comes next may have its memory
+                way = stack.enter_context(self._departures.way())
+                place = stack.enter_context(self._place())
+                with self._departures.device, way.stream:
+                    way.stream.wait_event(ready)
+                    out, lse = self._finish(state, place)
+                    way.finished.record(way.stream)
+                    way.finished.synchronize()
+            self._departures.write(way, where, out, lse)
+
+    @contextmanager
+    def _place(self) -> Iterator[Any]:
+        place = self._places.get_nowait()
         try:
-            try:
-                way = self._way()
-                size_bytes = self._finish(way, ready, state)
-            finally:  # the state is not read any more: what comes next may have its memory while this is written
-                left.one_done()
-            self._write(way, state, where, size_bytes)
+            yield place
         finally:
-            if way is not None:
-                self._ways.put(way)
+            self._places.put(place)
 
-    def _finish(self, way: Way, ready: Event, state: DeviceState) -> int:
-        """Have finished rows in the memory of ``way``; returns their bytes once they are there."""
-        assert state.statistics is not None
-        with self._device, way.stream:
-            way.stream.wait_event(ready)
-            out, lse, size_bytes = self._cut(way.device, state.statistics)
-            self._kernel.finish(state.statistics, Finish(out, lse), fresh=state.fresh)
-            way.finished.record(way.stream)
-            way.finished.synchronize()
-        return size_bytes
-
-    def _write(self, way: Way, state: DeviceState, where: tuple[Range, Range, Range], size_bytes: int) -> None:
-        """Copy what is finished in the memory of ``way`` to the host and on to its place."""
-        assert state.statistics is not None
-        if self._transfers is not None:
-            assert isinstance(self._sink, ArraySink)
-            batch, heads, tokens = where
-            to = self._sink.out[batch.start, heads.slice, tokens.slice]
-            self._transfers.receive(Region(to, way.device.data.ptr), way.piece, way.stream.ptr)
-            return
-        host, kind = way.piece.memory, runtime.memcpyDeviceToHost
-        with self._device:
-            runtime.memcpyAsync(host.ctypes.data, way.device.data.ptr, size_bytes, kind, way.stream.ptr)
-            way.stream.synchronize()
-        out, lse, _ = self._cut(host, state.statistics)
-        self._sink.write_out(*where, out)
-        if lse is not None:
-            self._sink.write_lse(*where, lse)
-
-    def _way(self) -> Way:
-        """One that is free. Each thread makes one at first, beside the launches: a stream takes a millisecond."""
-        with suppress(queue.Empty):
-            return self._ways.get_nowait()
-        with self._device:
-            # Before other launches: rows that wait for those keep a state's memory from what comes next.
-            stream = Stream(non_blocking=True, priority=-1)
-            piece = Piece(pinned_piece(self._slot.size_bytes))
-            finished = Event(block=True, disable_timing=True)
-            return Way(self._places.get_nowait(), piece, stream, finished)  # there are as many places as threads
-
-    def _cut(self, memory: Any, state: BlockStatistics) -> tuple[Any, Any | None, int]:
-        """Output, then log-sum-exp on an 8-byte border, of the rows of ``state`` in ``memory``; the bytes of both."""
-        shape, dim = state.acc.shape[:3], state.acc.shape[3]
+    def _finish(self, state: DeviceState, place: Any) -> tuple[Any, Any | None]:
+        """Have the rows of ``state`` finished in ``place``: output, then log-sum-exp on an 8-byte border."""
+        statistics = state.statistics
+        assert statistics is not None
+        shape, dim = statistics.acc.shape[:3], statistics.acc.shape[3]
         count = int(np.prod(shape))
         out_bytes = count * dim * self._dtype.itemsize
-        out = memory[:out_bytes].view(self._dtype).reshape(*shape, dim)
-        if not self._slot.lse_itemsize:
-            return out, None, out_bytes
-        begin = -(-out_bytes // 8) * 8
-        end = begin + count * self._slot.lse_itemsize
-        return out, memory[begin:end].view(state.m.dtype).reshape(shape), end
-
-    def _raise_errors(self) -> None:
-        """Drop what is written; an error of the writing is raised."""
-        done = [future for future in self._under_way if future.done()]  # asked once: others end meanwhile
-        self._under_way = [future for future in self._under_way if future not in done]
-        for future in done:
-            future.result()
+        out, lse = place[:out_bytes].view(self._dtype).reshape(*shape, dim), None
+        if self._slot.lse_itemsize:
+            begin = -(-out_bytes // 8) * 8
+            lse = place[begin : begin + count * self._slot.lse_itemsize].view(statistics.m.dtype).reshape(shape)
+        self._kernel.finish(statistics, Finish(out, lse), fresh=state.fresh)
+        return out, lse
 
     def drain(self) -> None:
-        wait(self._under_way, return_when=FIRST_EXCEPTION)
-        self._raise_errors()
+        self._departures.drain()
 
     def close(self) -> None:
-        """Stop writing; what is under way is finished, for it reads memory that is given back next."""
-        for future in self._under_way:
-            future.cancel()
-        wait(self._under_way)
-        while not self._ways.empty():
-            spare(self._ways.get().piece.memory)
+        self._departures.close()
 
 
-class _Countdown:
-    """Calls ``then`` when ``one_done`` was called ``count`` times."""
+class DeviceTiles:
+    """Rows that one launch finishes, in one of ``count`` places for as many as ``tokens``, from where they leave.
 
-    def __init__(self, count: int, then: Callable[[], None]) -> None:
-        self._left, self._then, self._lock = count, then, threading.Lock()
+    For sinks of output alone. Places lie as the result does: a piece of rows is without gaps on both sides.
+    """
 
-    def one_done(self) -> None:
-        with self._lock:
-            self._left -= 1
-            last = self._left == 0
-        if last:
-            self._then()
+    home = None
+
+    def __init__(self, departures: Departures, arena: Arena, dtype: np.dtype, tile: OutputTile) -> None:
+        self._departures, self._dtype, self._tile = departures, dtype, tile
+        self._free = queue.SimpleQueue[Any]()
+        for memory in arena.take((tile.count, tile.size_bytes), np.uint8):
+            self._free.put(memory)
+        self._begun: dict[Range, tuple[Any, Any]] = {}  # of the group that is computed: the place, and its rows
+
+    def whole(self, group: Group, chunk: Range, part: Range) -> Finish | None:
+        if chunk not in self._begun:
+            self._begun[chunk] = self._new(group, chunk)
+        _, out = self._begun[chunk]
+        return Finish(out[:, :, part.start - chunk.start : part.stop - chunk.start], None)
+
+    def take(self, finished: Finished) -> None:
+        self._departures.raise_errors()
+        group, rows = finished.group, finished.rows
+        if finished.state.fresh:  # no launch has written them
+            self._begun[rows] = self._new(group, rows)
+            with finished.lane:
+                self._begun[rows][1][...] = 0
+        place, out = self._begun.pop(rows)
+        ready = finished.lane.record()
+        pieces = list(self._pieces(group, rows, out))
+        left = Countdown(len(pieces), lambda: self._free.put(place))
+        for where, piece in pieces:
+            self._departures.submit(self._send, ready, where, piece, left)
+        finished.release(None)
+
+    def _new(self, group: Group, rows: Range) -> tuple[Any, Any]:
+        """A place, waited for where all are taken, and the rows in it, (batch, heads, rows, Dv)."""
+        place, shape = self._free.get(), (len(group.batch), len(group.heads), len(rows), self._tile.dim)
+        flat = place[: int(np.prod(shape)) * self._dtype.itemsize].view(self._dtype)
+        if self._tile.token_major:
+            return place, flat.reshape(shape[0], shape[2], shape[1], shape[3]).swapaxes(1, 2)
+        return place, flat.reshape(shape)
+
+    def _pieces(self, group: Group, rows: Range, out: Any) -> Iterator[tuple[Where, Any]]:
+        """Parts without gaps: of one head, or where heads lie inside tokens, of all."""
+        together = len(group.heads) if self._tile.token_major else 1
+        count = self._departures.pieces(len(rows), together * self._tile.dim * self._dtype.itemsize)
+        cut = Cut(len(rows), min(len(rows), count), 1)
+        for (b, batch), heads in product(enumerate(group.batch.split(1)), group.heads.split(together)):
+            first = heads.start - group.heads.start
+            for piece in map(cut.__getitem__, range(len(cut))):
+                where = (batch, heads, Range(rows.start + piece.start, rows.start + piece.stop))
+                yield where, out[b : b + 1, first : first + len(heads), piece.slice]
+
+    def _send(self, ready: Event, where: Where, piece: Any, left: Countdown) -> None:
+        with left, self._departures.way() as way:
+            with self._departures.device:
+                way.stream.wait_event(ready)
+                way.finished.record(way.stream)
+                way.finished.synchronize()
+            self._departures.write(way, where, piece, None)
+
+    def drain(self) -> None:
+        self._departures.drain()
+
+    def close(self) -> None:
+        self._departures.close()
 
 
 class DeviceArrayOutput:
@@ -227,8 +204,8 @@ class DeviceArrayOutput:
         self._out, self._kernel = out, kernel
         self.home = out if holds_states else None
 
-    def whole(self, group: Group, rows: Range) -> Finish | None:
-        return Finish(self._of(group, rows), None)
+    def whole(self, group: Group, chunk: Range, part: Range) -> Finish | None:
+        return Finish(self._of(group, part), None)
 
     def take(self, finished: Finished) -> None:
         state, out = finished.state, self._of(finished.group, finished.rows)
@@ -256,7 +233,7 @@ class DeviceStatistics:
         self._kept = kept
         self.home = kept.acc if holds_states else None
 
-    def whole(self, group: Group, rows: Range) -> Finish | None:
+    def whole(self, group: Group, chunk: Range, part: Range) -> Finish | None:
         return None
 
     def take(self, finished: Finished) -> None:
