@@ -22,7 +22,7 @@ from .states import lane_lock, remove_states, reserve_states
 
 logger = logging.getLogger("cqsa_arrays")
 # Of a candidate: what another machine must take over for the same cover, chunks and states.
-CHOICE = ("cover", "query_parts", "key_parts", "batches", "heads", "states", "tile_tokens")
+CHOICE = ("cover", "query_parts", "key_parts", "batches", "heads", "states", "tile_tokens", "keys_stay")
 
 
 @dataclass(frozen=True, slots=True)

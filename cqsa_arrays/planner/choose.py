@@ -93,7 +93,7 @@ def take_over(problem: Problem, budget: Budget, machine: Machine, device: str, s
         chosen = cqs_candidate(problem, machine, group, states, stored["query_parts"])
     else:
         key_block = -(-problem.key_tokens // stored["key_parts"])
-        parts, stay = stored["query_parts"], stored["keys_stay"]
+        parts, stay = stored["query_parts"], stored.get("keys_stay", False)  # not in older jobs
         chosen = rectangular_candidate(problem, machine, group, key_block, parts, keys_stay=stay)
     if chosen.memory_bytes > budget.memory_bytes or not _host_feeds(chosen, budget):
         raise BudgetError(

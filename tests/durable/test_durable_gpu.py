@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import re
 import sys
@@ -20,12 +21,14 @@ from cqsa_arrays.durable import Stop
 from cqsa_arrays.errors import DeviceMemoryError
 from cqsa_arrays.job import Request, prepared
 from cqsa_arrays.partial import verify_partial
+from cqsa_arrays.planner.candidates import rectangular_candidate
 from cqsa_arrays.resumable import attend, resumed
 from cqsa_arrays.storage import InputSpec, make_inputs
 
 PLANS = {
     "cqs": Options(cover="cqs", chunks=7),
     "tiles": Options(cover="rectangular"),
+    "keys that stay": Options(cover="rectangular"),
     "states on the host": Options(cover="cqs", chunks=13),
     "states on the disk": Options(cover="cqs", chunks=13),
     "lanes": Options(cover="cqs", chunks=7, lanes=2),
@@ -38,14 +41,24 @@ def gpu(request):
         yield simulator
 
 
+def keys_stay(problem, machine, budget_bytes):
+    """Four tiles beside five blocks; what ``choose`` has to choose from."""
+    yield rectangular_candidate(problem, machine, (1, 1), 340, 4, keys_stay=True)
+
+
 @pytest.fixture(params=PLANS, ids=str)
-def call(request, here):
+def call(request, here, monkeypatch):
     """Arguments of a durable call that commits at every place, and of one that is not durable with the same plan."""
     make_inputs("qkv.h5", InputSpec(tokens=1700, heads=3, head_dim=16, dtype="float16", seed=2))
     options, files = PLANS[request.param], {name: f"qkv.h5:/{name}" for name in "qkv"}
     common = {**files, "causal": True, "device": "cuda", "out": "out.h5"}
     if request.param == "tiles":
         common["memory"] = 2 * least(common, options)
+    if request.param == "keys that stay":
+        choose = importlib.import_module("cqsa_arrays.planner.choose")
+        choose.choose.cache_clear()
+        monkeypatch.setattr(choose, "rectangular_candidates", keys_stay)
+        assert plan_of(common, options).chosen.keys_stay
     if request.param.startswith("states"):
         common["memory"] = least(common, options)
         plan = plan_of(common, options)
@@ -53,7 +66,8 @@ def call(request, here):
         if request.param.endswith("disk"):
             options = replace(options, host_memory=plan.chosen.host_bytes - 1)
             assert plan_of(common, options).chosen.states == "disk"
-    return common, options
+    yield common, options
+    importlib.import_module("cqsa_arrays.planner.choose").choose.cache_clear()
 
 
 def plan_of(common: dict, options: Options) -> cqsa.Plan:
