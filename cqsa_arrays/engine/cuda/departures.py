@@ -76,8 +76,7 @@ class Departures:
         with self.device:
             # Before other launches: rows that wait for those keep a state's memory from what comes next.
             stream = Stream(non_blocking=True, priority=-1)
-            piece = Piece(pinned_piece(self.piece_bytes))
-            return Way(piece, stream, Event(block=True, disable_timing=True))
+            return Way(pinned_piece(self.piece_bytes), stream, Event(block=True, disable_timing=True))
 
     def write(self, way: Way, where: Where, out: Any, lse: Any | None) -> None:
         """Copy finished rows, (1, heads, rows, Dv) without gaps in some order of axes, to where they belong."""
@@ -123,7 +122,7 @@ class Departures:
         wait(self._under_way)
         with suppress(queue.Empty):
             while True:
-                spare(self._ways.get_nowait().piece.memory)
+                spare(self._ways.get_nowait().piece)
 
 
 class Countdown:

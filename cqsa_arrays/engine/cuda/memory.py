@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import queue
+from collections import defaultdict
 from contextlib import suppress
 from typing import Any
 
@@ -55,28 +56,6 @@ def pinned(size_bytes: int) -> np.ndarray:
     return np.frombuffer(pointer, np.uint8, size_bytes)
 
 
-# Locking a piece takes a millisecond, more than filling it: the pieces of one run wait here for the next. They are of
-# one size and no more than one run uses.
-_SPARE: queue.LifoQueue[np.ndarray] = queue.LifoQueue(PINNED_PIECES + OUTPUT_SLOTS)
-
-
-def pinned_piece(size_bytes: int) -> np.ndarray:
-    """Page-locked bytes, ``PINNED_PIECE_BYTES`` or what one row takes if that is more; ``spare`` takes them back."""
-    if size_bytes > PINNED_PIECE_BYTES:
-        return pinned(size_bytes)
-    try:
-        return _SPARE.get_nowait()
-    except queue.Empty:
-        return pinned(PINNED_PIECE_BYTES)
-
-
-def spare(memory: np.ndarray) -> None:
-    """Keep a piece that nothing uses any more for a later run."""
-    if memory.size == PINNED_PIECE_BYTES:
-        with suppress(queue.Full):
-            _SPARE.put_nowait(memory)
-
-
 # A piece is filled and copied in so many turns: while some are on their way, others are filled.
 SHARES = 4
 
@@ -97,6 +76,29 @@ class Piece:
         """Return when nothing uses it any more."""
         for event in self.done:
             event.synchronize()
+
+
+# Locking a piece takes a millisecond, more than filling it, and its events some of Python's time while all threads
+# begin: the pieces of one run wait here for the next on the same device, by its number. They are of one size and no
+# more than one run uses.
+_SPARE: defaultdict[int, queue.LifoQueue[Piece]] = defaultdict(lambda: queue.LifoQueue(PINNED_PIECES + OUTPUT_SLOTS))
+
+
+def pinned_piece(size_bytes: int) -> Piece:
+    """A piece of ``PINNED_PIECE_BYTES`` or what one row takes if that is more; ``spare`` takes it back."""
+    if size_bytes > PINNED_PIECE_BYTES:
+        return Piece(pinned(size_bytes))
+    try:
+        return _SPARE[cupy.cuda.Device().id].get_nowait()
+    except queue.Empty:
+        return Piece(pinned(PINNED_PIECE_BYTES))
+
+
+def spare(piece: Piece) -> None:
+    """Keep a piece that nothing uses any more for a later run on the current device."""
+    if piece.memory.size == PINNED_PIECE_BYTES:
+        with suppress(queue.Full):
+            _SPARE[cupy.cuda.Device().id].put_nowait(piece)
 
 
 class PinnedPieces:
@@ -120,7 +122,7 @@ class PinnedPieces:
 
     def _new(self) -> Piece:
         try:
-            return Piece(pinned_piece(self.size_bytes))
+            return pinned_piece(self.size_bytes)
         except BaseException:
             self._left.put(None)  # or who comes next would wait for a piece that is nowhere
             raise
@@ -133,4 +135,4 @@ class PinnedPieces:
         """Every copy is done: a later run may use the pieces."""
         with suppress(queue.Empty):
             while True:
-                spare(self._free.get_nowait().memory)
+                spare(self._free.get_nowait())

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -105,10 +106,19 @@ def open_transfers() -> Transfers:
 
 def _driver(names: tuple[str, ...]) -> np.ndarray:
     """The current context and the addresses of the driver's functions ``names``."""
-    library, context = ctypes.CDLL("libcuda.so.1"), ctypes.c_void_p()
-    _check(library.cuCtxGetCurrent(ctypes.byref(context)))
-    addresses = [ctypes.cast(getattr(library, name), ctypes.c_void_p).value for name in names]
-    return np.array([context.value, *addresses], np.int64)
+    context = ctypes.c_void_p()
+    _check(_library().cuCtxGetCurrent(ctypes.byref(context)))
+    return np.array([context.value, *_addresses(names)], np.int64)
+
+
+@lru_cache
+def _library() -> ctypes.CDLL:
+    return ctypes.CDLL("libcuda.so.1")
+
+
+@lru_cache
+def _addresses(names: tuple[str, ...]) -> tuple[int | None, ...]:
+    return tuple(ctypes.cast(getattr(_library(), name), ctypes.c_void_p).value for name in names)
 
 
 def _check(status: int) -> None:
