@@ -423,6 +423,17 @@ def test_an_error_of_writing_is_raised_whenever_it_comes(gpu) -> None:
         assert raised == ["the disk is full"]
 
 
+@pytest.mark.parametrize("row_bytes", [1, 100, 132, 4 << 20])
+def test_no_piece_has_more_rows_than_its_place(row_bytes) -> None:
+    """One row more than a place has, where the bytes of the places hide it."""
+    departures = importlib.import_module("cqsa_arrays.engine.cuda.departures")
+    out = departures.Departures(None, None, None, None, 4 << 20)
+    for rows, most in ((31775, 31774), (31774, 31774), (1, 1), (70000, 3), (100000, 100000), (131072, 32768)):
+        cut = out.cut(rows, row_bytes, most)
+        assert sum(len(cut[i]) for i in range(len(cut))) == rows
+        assert cut.longest <= most
+
+
 def test_the_simulator_notices_what_is_not_ordered(monkeypatch) -> None:
     """Without the events of its slots the engine reads blocks that have not arrived, in some run."""
 

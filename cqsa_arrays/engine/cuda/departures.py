@@ -15,7 +15,7 @@ import numpy as np
 from cupy.cuda import Event, Stream, runtime
 
 from ...planner.memory import OUTPUT_SLOTS
-from ...ranges import Range
+from ...ranges import Cut, Range
 from ...storage import ArraySink, Sink
 from ...workers import Workers
 from .memory import Piece, pinned_piece, spare
@@ -51,10 +51,11 @@ class Departures:
     _ways: queue.SimpleQueue[Way] = field(default_factory=queue.SimpleQueue)
     _under_way: list[Future[None]] = field(default_factory=list)
 
-    def pieces(self, rows: int, row_bytes: int) -> int:
-        """Into how many pieces rows are cut: as few as fit, then as many for each thread, if those are not small."""
-        fewest = -(-rows // max(1, self.piece_bytes // row_bytes))
-        return max(fewest, min(-(-fewest // OUTPUT_SLOTS) * OUTPUT_SLOTS, rows * row_bytes // LEAST_BYTES))
+    def cut(self, rows: int, row_bytes: int, most_rows: int) -> Cut:
+        """Rows in pieces of at most ``most_rows``: as few as fit, then as many for each thread, if not small."""
+        fewest = -(-rows // most_rows)
+        even = min(-(-fewest // OUTPUT_SLOTS) * OUTPUT_SLOTS, rows * row_bytes // LEAST_BYTES)
+        return Cut(rows, min(rows, max(fewest, even)), 1)
 
     def submit(self, send: Callable[..., None], *arguments: Any) -> None:
         """Have a piece sent by one of the threads."""

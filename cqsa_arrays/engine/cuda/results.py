@@ -18,7 +18,7 @@ from ...kernels.cuda.call import Finish
 from ...kernels.cuda.kernel import CudaKernel
 from ...planner import Group
 from ...planner.memory import OUTPUT_SLOTS, OutputSlot, OutputTile
-from ...ranges import Cut, Range
+from ...ranges import Range
 from .departures import Countdown, Departures, Where
 from .memory import Arena
 from .states import DeviceState
@@ -73,8 +73,8 @@ class DeviceOutput:
         self._departures.raise_errors()
         ready, state = finished.lane.record(), finished.state.statistics
         assert state is not None, "rows leave through a state"
-        rows, row_bytes = len(finished.rows), self._slot.size_bytes // self._slot.rows
-        cut = Cut(rows, min(rows, self._departures.pieces(rows, row_bytes)), 1)
+        row_bytes = self._slot.size_bytes // self._slot.rows
+        cut = self._departures.cut(len(finished.rows), row_bytes, self._slot.rows)
         batches = list(enumerate(finished.group.batch.split(1)))
         pieces = [(b, batch, piece) for b, batch in batches for piece in map(cut.__getitem__, range(len(cut)))]
         left = Countdown(len(pieces), lambda: finished.release(None))
@@ -174,8 +174,8 @@ class DeviceTiles:
     def _pieces(self, group: Group, rows: Range, out: Any) -> Iterator[tuple[Where, Any]]:
         """Parts without gaps: of one head, or where heads lie inside tokens, of all."""
         together = len(group.heads) if self._tile.token_major else 1
-        count = self._departures.pieces(len(rows), together * self._tile.dim * self._dtype.itemsize)
-        cut = Cut(len(rows), min(len(rows), count), 1)
+        row_bytes = together * self._tile.dim * self._dtype.itemsize
+        cut = self._departures.cut(len(rows), row_bytes, max(1, self._departures.piece_bytes // row_bytes))
         for (b, batch), heads in product(enumerate(group.batch.split(1)), group.heads.split(together)):
             first = heads.start - group.heads.start
             for piece in map(cut.__getitem__, range(len(cut))):
