@@ -14,8 +14,6 @@ from .schedule import Work
 
 # Steps may be so short that many of them have few bytes.
 MOST_STEPS = 256
-# What is read before it is asked again whether to go on.
-PART_BYTES = 8 << 20
 
 
 class Blocks(Protocol):
@@ -27,8 +25,8 @@ class Blocks(Protocol):
     def holds(self, group: Group, tokens: Range) -> bool:
         """Whether a block is where it is needed."""
 
-    def prefetch(self, group: Group, tokens: Range) -> None:
-        """Have tokens read into the page cache."""
+    def prefetch(self, group: Group, tokens: Range) -> Iterator[None]:
+        """Have a block read into the page cache, some at each turn."""
 
 
 class Prefetching(Protocol):
@@ -77,24 +75,26 @@ class ReadAhead:
             self._pending = None
         if self._pending is not None:
             return
-        wanted: list[tuple[Block, int]] = []
+        wanted: list[Block] = []
         while not self._asked or (self._asked_bytes < self._distance_bytes and len(self._asked) < MOST_STEPS):
             if not self._is_there(len(self._asked)):
                 break
             new = self._new_blocks(self._coming[len(self._asked)])
             self._asked.append(sum(new.values()))
             self._asked_bytes += self._asked[-1]
-            wanted += new.items()
+            wanted += new
         if wanted:
             self._pending = self._pool.submit(self._prefetch, wanted)
 
     def _new_blocks(self, work: Work) -> dict[Block, int]:
-        """The blocks that ``work`` begins with and that were not asked for lately, with their bytes."""
+        """The blocks that ``work`` begins with and that are not here, nor asked for lately, with their bytes."""
         if self._distance_bytes is None or work.step is None or not work.begins_step:
             return {}
         found = {}
         for blocks, tokens in self._operands.of(work.step):
             block = (blocks, work.group, tokens)
+            if blocks.holds(work.group, tokens):
+                continue
             if block in self._lately:
                 self._lately.move_to_end(block)
             else:
@@ -104,15 +104,11 @@ class ReadAhead:
             self._lately_bytes -= self._lately.popitem(last=False)[1]
         return found
 
-    def _prefetch(self, wanted: list[tuple[Block, int]]) -> None:
-        for (blocks, group, tokens), size_bytes in wanted:
-            if blocks.holds(group, tokens):
-                continue
-            parts = -(-size_bytes // PART_BYTES)
-            for part in tokens.split(-(-len(tokens) // parts)):
+    def _prefetch(self, wanted: list[Block]) -> None:
+        for blocks, group, tokens in wanted:
+            for _ in blocks.prefetch(group, tokens):
                 if self._closed:
                     return
-                blocks.prefetch(group, part)
 
     def _is_there(self, index: int) -> bool:
         """Whether so many come after the current one; the schedule is made as far as that."""
@@ -124,6 +120,6 @@ class ReadAhead:
         return True
 
     def close(self) -> None:
-        """Stop after the part that is being read."""
+        """Stop after what is being read at this turn."""
         self._closed = True
         self._pool.shutdown(cancel_futures=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
+from collections.abc import Iterator
 
 import numpy as np
 
@@ -56,12 +57,12 @@ class Pages:
         return block
 
     def holds(self, group: Group, tokens: Range) -> bool:
-        """Whether a block is where it is needed, so that reading ahead has no use; for another thread."""
+        """Whether a block is where it is needed, so that reading ahead has no use."""
         return self._source.in_place or (group is self._group and tokens in self._resident)
 
-    def prefetch(self, group: Group, tokens: Range) -> None:
-        """Have the system read tokens ahead into its page cache; for another thread."""
-        self._source.prefetch(group.batch, group.heads, tokens)
+    def prefetch(self, group: Group, tokens: Range) -> Iterator[None]:
+        """Have the system read a block ahead into its page cache, some at each turn; for another thread."""
+        return self._source.prefetch(group.batch, group.heads, tokens)
 
     def size_bytes(self, group: Group, tokens: Range) -> int:
         """Bytes of a block where it is read."""

@@ -131,9 +131,10 @@ class ChunkedSource:
     def view(self, batch: Range, heads: Range, tokens: Range) -> np.ndarray:
         raise no_view(self)
 
-    def prefetch(self, batch: Range, heads: Range, tokens: Range) -> None:
-        if self._file is not None and self._stored.chunks:
-            self._file.read_ahead(coalesce(self._chunk_spans(batch, heads, tokens)))
+    def prefetch(self, batch: Range, heads: Range, tokens: Range) -> Iterator[None]:
+        if self._file is None or not self._stored.chunks:
+            return iter(())
+        return self._file.read_ahead(coalesce(self._chunk_spans(batch, heads, tokens)))
 
     def overlaps(self, array: np.ndarray) -> bool:
         """No array shares memory with a file that is read by position."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -77,8 +78,8 @@ class ContiguousSource:
     def view(self, batch: Range, heads: Range, tokens: Range) -> np.ndarray:
         raise no_view(self)
 
-    def prefetch(self, batch: Range, heads: Range, tokens: Range) -> None:
-        self._file.read_ahead(coalesce(self._rows.spans(batch, heads, tokens)))
+    def prefetch(self, batch: Range, heads: Range, tokens: Range) -> Iterator[None]:
+        return self._file.read_ahead(coalesce(self._rows.spans(batch, heads, tokens)))
 
     def overlaps(self, array: np.ndarray) -> bool:
         """No array shares memory with a file that is read by position."""

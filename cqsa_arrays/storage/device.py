@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -48,8 +49,9 @@ class DeviceSource:
     def view(self, batch: Range, heads: Range, tokens: Range) -> Any:
         return self._array[batch.slice, heads.slice, tokens.slice]
 
-    def prefetch(self, batch: Range, heads: Range, tokens: Range) -> None:
+    def prefetch(self, batch: Range, heads: Range, tokens: Range) -> Iterator[None]:
         """Nothing to do: it is in memory."""
+        return iter(())
 
     def overlaps(self, array: Any) -> bool:
         import cupy

@@ -66,8 +66,9 @@ class HostSource:
             raise no_view(self)
         return self._array[batch.slice, heads.slice, tokens.slice]
 
-    def prefetch(self, batch: Range, heads: Range, tokens: Range) -> None:
+    def prefetch(self, batch: Range, heads: Range, tokens: Range) -> Iterator[None]:
         """Nothing to do: it is in memory."""
+        return iter(())
 
     def overlaps(self, array: np.ndarray) -> bool:
         return isinstance(array, np.ndarray) and bool(np.may_share_memory(self._array, array))
@@ -137,9 +138,10 @@ class MemmapSource:
     def view(self, batch: Range, heads: Range, tokens: Range) -> np.ndarray:
         raise no_view(self)
 
-    def prefetch(self, batch: Range, heads: Range, tokens: Range) -> None:
+    def prefetch(self, batch: Range, heads: Range, tokens: Range) -> Iterator[None]:
         for _, piece in self._pieces(batch, heads, tokens):
             self._pages.read_ahead(piece)
+            yield
 
     def overlaps(self, array: np.ndarray) -> bool:
         return isinstance(array, np.ndarray) and bool(np.may_share_memory(self._array, array))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import threading
 import zlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from typing import Self
 
@@ -94,8 +94,8 @@ class RawFile:
                 raise StorageError(f"{self.label}: writing at byte {position + done}: {error.strerror}") from error
         self._begin_writing_back(position, done)
 
-    def read_ahead(self, spans: Iterable[tuple[int, int]]) -> None:
-        """Have the bytes ``start <= p < stop`` of each span in the system's page cache; maps nothing.
+    def read_ahead(self, spans: Iterable[tuple[int, int]]) -> Iterator[None]:
+        """Have the bytes ``start <= p < stop`` of each span in the page cache, some at each turn; maps nothing.
 
         They are read and dropped. Advice (POSIX_FADV_WILLNEED) returns at once, and hundreds of megabytes of it then
         stand before whatever others read and write next, in an order of the disk's own.
@@ -108,6 +108,7 @@ class RawFile:
                 for position in range(start, stop, AHEAD_BYTES):
                     pieces, rest = divmod(min(AHEAD_BYTES, stop - position), SCRAP_BYTES)
                     os.preadv(self._fd, [scrap] * pieces + [scrap[:rest]], position)
+                    yield
 
     def _begin_writing_back(self, position: int, size_bytes: int) -> None:
         """Have large writes put on the disk from now on: else all of a result waits in memory until ``sync``.

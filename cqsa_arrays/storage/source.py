@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Protocol
 
 import numpy as np
@@ -65,8 +66,8 @@ class TokenSource(Protocol):
     def view(self, batch: Range, heads: Range, tokens: Range) -> np.ndarray:
         """This block of the array itself, without a copy; only where ``in_place``, and in ``dtype``."""
 
-    def prefetch(self, batch: Range, heads: Range, tokens: Range) -> None:
-        """Have the system read this block's bytes into its page cache, without mapping them."""
+    def prefetch(self, batch: Range, heads: Range, tokens: Range) -> Iterator[None]:
+        """Have the system read this block's bytes into its page cache, some at each turn, without mapping them."""
 
     def overlaps(self, array: np.ndarray) -> bool:
         """Whether writing to ``array`` could change this input."""

@@ -64,8 +64,9 @@ class FakeSource:
         self.log.append(("view", self.name, batch, heads, tokens))
         return self.array[batch.slice, heads.slice, tokens.slice]
 
-    def prefetch(self, batch, heads, tokens) -> None:
+    def prefetch(self, batch, heads, tokens):
         self.log.append(("prefetch", self.name, batch, heads, tokens))
+        return iter(())
 
     def close(self) -> None:
         """Nothing is open."""

@@ -11,7 +11,7 @@ import pytest
 
 from cqsa_arrays.cover import Step
 from cqsa_arrays.engine import ahead
-from cqsa_arrays.engine.ahead import MOST_STEPS, PART_BYTES, ReadAhead
+from cqsa_arrays.engine.ahead import MOST_STEPS, ReadAhead
 from cqsa_arrays.engine.schedule import Position, Work
 from cqsa_arrays.planner import Group
 from cqsa_arrays.ranges import Range
@@ -35,8 +35,9 @@ class Operands:
     def holds(self, group, tokens) -> bool:
         return False
 
-    def prefetch(self, group, tokens) -> None:
+    def prefetch(self, group, tokens):
         self.asked.append(tokens.start)
+        return iter(())
 
 
 class Immediately:
@@ -101,19 +102,19 @@ def test_what_was_asked_for_lately_is_not_asked_for_again(distance, expected) ->
     assert operands.asked == expected
 
 
-def test_a_large_block_is_read_part_by_part_and_left_when_the_run_ends(monkeypatch) -> None:
+def test_reading_a_block_is_left_when_the_run_ends(monkeypatch) -> None:
     monkeypatch.undo()  # a thread of its own
-    begun, go_on, parts = threading.Event(), threading.Event(), []
+    begun, go_on, turns = threading.Event(), threading.Event(), []
 
     class Slow(Operands):
-        def prefetch(self, group, tokens) -> None:
-            parts.append(tokens)
-            begun.set()
-            assert go_on.wait(20)
+        def prefetch(self, group, tokens):
+            for turn in range(10):
+                turns.append(turn)
+                begun.set()
+                assert go_on.wait(20)
+                yield
 
-    rows = Range(0, 1000)
-    work = Work(Position(), GROUP, Step(rows, (Range(0, 1),)), rows, None, False)
-    reader = ReadAhead(iter([work]), Slow(10 * PART_BYTES), 0)
+    reader = ReadAhead(works(1), Slow(10), 0)
     reader.request()
     assert begun.wait(20)
     ending = threading.Thread(target=reader.close)
@@ -122,4 +123,14 @@ def test_a_large_block_is_read_part_by_part_and_left_when_the_run_ends(monkeypat
         time.sleep(0.001)
     go_on.set()
     ending.join()
-    assert parts == [Range(0, 100)]
+    assert turns == [0]
+
+
+def test_what_is_here_is_not_asked_for_and_takes_nothing_of_the_distance() -> None:
+    class Held(Operands):
+        def holds(self, group, tokens) -> bool:
+            return tokens.start < 5
+
+    operands = Held(10)
+    ReadAhead(works(12), operands, 30).request()
+    assert operands.asked == [5, 6, 7]

@@ -313,8 +313,9 @@ def test_reading_ahead_is_never_waited_for() -> None:
             if self.pairs == plan.problem.pairs:
                 finished.set()
 
-    def slow(batch, heads, tokens) -> None:
+    def slow(batch, heads, tokens):
         waited.append(finished.wait(timeout=30))
+        return iter(())
 
     one.sources["q"].prefetch = slow
     sink, _ = one.run(plan, Watch())

@@ -164,7 +164,7 @@ def test_systems_without_positioned_calls_read_the_same(tmp_path, monkeypatch):
     source = open_file(qkv(tmp_path / "x.h5", array)).q.source()
     monkeypatch.delattr(os, "preadv")
     monkeypatch.delattr(os, "posix_fadvise")
-    source.prefetch(Range(0, 1), Range(0, 1), Range(0, 100))
+    list(source.prefetch(Range(0, 1), Range(0, 1), Range(0, 100)))
     assert np.array_equal(read(source)[0, 0], array.astype("f4"))
     source.close()
 
@@ -179,7 +179,7 @@ def test_prefetch_reads_joined_runs_in_order(tmp_path, monkeypatch):
         return asked[-1][1]
 
     monkeypatch.setattr(os, "preadv", noted)
-    source.prefetch(Range(0, 1), Range(1, 3), Range(0, 10_007))
+    list(source.prefetch(Range(0, 1), Range(1, 3), Range(0, 10_007)))
     start = q.stored.offset + array[0, 0].nbytes
     assert asked[0][0] == start
     assert sum(size for _, size in asked) == 2 * array[0, 0].nbytes

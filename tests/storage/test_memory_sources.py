@@ -80,7 +80,7 @@ def test_any_view_of_a_map_is_read_exactly(tmp_path, mode, view):
     assert isinstance(source, MemmapSource)
     where = (Range(0, 1), Range(1, 2), Range(1, 3))
     expected = view(array)
-    source.prefetch(*where)
+    list(source.prefetch(*where))
     assert np.array_equal(read(source), expected)
     assert np.array_equal(read(source, "f8", where), expected[0:1, 1:2, 1:3])
 
@@ -137,7 +137,7 @@ def test_prefetch_leaves_resident_memory_flat(tmp_path):
     del array
     before = resident_bytes()
     for source in (contiguous, as_source(mapped, "q")):
-        source.prefetch(Range(0, 1), Range(0, 4), Range(0, 64_000))
+        list(source.prefetch(Range(0, 1), Range(0, 4), Range(0, 64_000)))
     assert resident_bytes() - before < 2 * MIB
     contiguous.close()
 

@@ -105,12 +105,12 @@ class DevicePages:
         self._touched.clear()
 
     def holds(self, group: Group, tokens: Range) -> bool:
-        """Whether a block is where it is needed, or on its way there; for another thread."""
-        return self._in_place or (group, tokens) in self._resident
+        """Whether a block is where it is needed, or on its way there, or in memory at least."""
+        return self._in_place or isinstance(self._source, HostSource) or (group, tokens) in self._resident
 
-    def prefetch(self, group: Group, tokens: Range) -> None:
-        """Have the system read tokens ahead into its page cache; for another thread."""
-        self._source.prefetch(group.batch, group.heads, tokens)
+    def prefetch(self, group: Group, tokens: Range) -> Iterator[None]:
+        """Have the system read a block ahead into its page cache, some at each turn; for another thread."""
+        return self._source.prefetch(group.batch, group.heads, tokens)
 
     def size_bytes(self, group: Group, tokens: Range) -> int:
         """Bytes of a block where it is read."""

@@ -41,7 +41,7 @@ class DeviceResults(Protocol):
     home: Any | None
 
     def whole(self, group: Group, chunk: Range, part: Range) -> Finish | None:
-        """Where a launch that computes all of the rows ``part`` of a chunk may write them finished, if it may."""
+        """Where a launch that has all keys of the rows ``part`` of a chunk may write them finished, if it may."""
 
     def take(self, finished: Finished) -> None:
         """Hand the rows out and release their state."""
@@ -128,7 +128,7 @@ class DeviceOutput:
 
 
 class DeviceTiles:
-    """Rows that one launch finishes, in one of ``count`` places for as many as ``tokens``, from where they leave.
+    """Rows that one launch finishes, in one of the places of ``tile``, from where they leave.
 
     For sinks of output alone. Places lie as the result does: a piece of rows is without gaps on both sides.
     """
@@ -154,7 +154,7 @@ class DeviceTiles:
         if finished.state.fresh:  # no launch has written them
             self._begun[rows] = self._new(group, rows)
             with finished.lane:
-                self._begun[rows][1][...] = 0
+                self._begun[rows][0][...] = 0  # bytes: zeros of every element type
         place, out = self._begun.pop(rows)
         ready = finished.lane.record()
         pieces = list(self._pieces(group, rows, out))

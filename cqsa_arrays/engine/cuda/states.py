@@ -349,7 +349,7 @@ class NoStates:
         """Nothing to do."""
 
     def save(self) -> None:
-        """Nothing to do: rows that stay on the device are not those of a job."""
+        """Nothing to do: rows of a job, which go to a file, keep their states."""
 
     def finish(self, rows: Range, lane: Stream) -> tuple[DeviceState, Callable[[Event | None], None]]:
         """``fresh`` where no launch has had the rows, for they see no key."""
