@@ -424,7 +424,7 @@ def test_an_error_of_writing_is_raised_whenever_it_comes(gpu) -> None:
 
 
 @pytest.mark.parametrize("row_bytes", [1, 100, 132, 4 << 20])
-def test_no_piece_has_more_rows_than_its_place(row_bytes) -> None:
+def test_no_piece_has_more_rows_than_its_place(gpu, row_bytes) -> None:
     """One row more than a place has, where the bytes of the places hide it."""
     departures = importlib.import_module("cqsa_arrays.engine.cuda.departures")
     out = departures.Departures(None, None, None, None, 4 << 20)
