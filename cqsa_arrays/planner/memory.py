@@ -98,12 +98,11 @@ def memory_terms(problem: Problem, residency: Residency) -> tuple[MemoryTerm, ..
 
 @dataclass(frozen=True, slots=True)
 class OutputSlot:
-    """One of the places through which finished rows leave the device: ``rows`` of ``heads`` heads of one batch.
+    """One of the places through which finished rows leave the device: ``rows`` of all heads of a group, of one batch.
 
     ``lse_itemsize`` is 0 where their log-sum-exp stays behind.
     """
 
-    heads: int
     rows: int
     size_bytes: int
     lse_itemsize: int
@@ -140,7 +139,7 @@ def output_slot(problem: Problem, residency: Residency) -> OutputSlot:
     row_bytes = heads * (problem.value_dim * problem.result.itemsize + lse_itemsize)
     border = 8 if lse_itemsize else 0  # on which the log-sum-exp begins
     rows = min(max(1, (PINNED_PIECE_BYTES - border) // row_bytes), residency.query_chunk)
-    return OutputSlot(heads, rows, _whole(rows * row_bytes + border), lse_itemsize)
+    return OutputSlot(rows, _whole(rows * row_bytes + border), lse_itemsize)
 
 
 def device_terms(problem: Problem, residency: Residency) -> tuple[MemoryTerm, ...]:

@@ -238,7 +238,9 @@ def test_rows_that_one_launch_finishes_leave_for_the_host(gpu, keys_stay, layout
     plan = cqsa.plan(*swapped, out=out, **call)
     assert "none: each launch finishes its rows" in str(plan)
     cqsa.attention(*swapped, out=out, **call)
-    close(out.swapaxes(1, 2) if layout == "bnhd" else out, exact(*arrays, offset))
+    found = out.swapaxes(1, 2) if layout == "bnhd" else out
+    close(found, exact(*arrays, offset))
+    assert (found[:, :, : max(0, -(offset or 0))] == 0).all()  # rows that see no key, two whole tiles of them
 
 
 def test_rows_that_are_written_do_not_keep_the_memory_of_their_state(gpu, keys_stay, tmp_path, monkeypatch) -> None:
