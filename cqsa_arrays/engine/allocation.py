@@ -12,6 +12,7 @@ from ..workers import stack_bytes
 from .pages import Pages
 from .resident import HostResident, Inputs, Operands, Resident
 from .results import Results
+from .schedule import Work
 from .statefile import StateFile
 from .states import open_states
 
@@ -34,13 +35,17 @@ def make_ready(plan: Plan) -> None:
 
 
 def allocate(
-    plan: Plan, inputs: Inputs, results: Results, home: np.ndarray | None, saved: StateFile | None, stack: ExitStack
+    plan: Plan, inputs: Inputs, results: Results, saved: StateFile | None, first: Work | None, stack: ExitStack
 ) -> Resident:
-    """Exactly the terms of the plan's memory table; ``stack`` gives them back. ``saved`` has the states of a job."""
+    """Exactly the terms of the plan's memory table; ``stack`` gives them back.
+
+    ``saved`` has the states of a job. ``first`` is computed first: where blocks are copied to another memory, its are
+    on their way when this returns.
+    """
     if plan.device != "cpu":
         from .cuda.resident import allocate_on_device
 
-        return allocate_on_device(plan, inputs, results, saved, stack)
+        return allocate_on_device(plan, inputs, results, saved, first, stack)
     from ..kernels.cpu.kernel import CpuKernel
 
     problem, size = plan.problem, plan.chosen.residency
@@ -49,6 +54,7 @@ def allocate(
         dtype, rows=size.query_chunk, head_dim=problem.head_dim, value_dim=problem.value_dim, threads=size.threads
     )
     stack.enter_context(closing(kernel))
+    home = results.home if plan.states_in_result else None
     states = stack.enter_context(closing(open_states(plan, home, saved)))
     operands = Operands(
         Pages(inputs.q, slots=1, tokens=size.query_chunk, heads=size.heads, dtype=dtype),

@@ -60,8 +60,8 @@ def run(
     order = Schedule(plan.groups, cover, plan.part_rows, plan.lanes, lane)
     with ExitStack() as stack:
         in_place = plan.states_in_result and results.home is not None
-        home = results.home if in_place else None
-        resident = allocate(plan, inputs, results, home, checkpoint.states, stack)
+        first = next(order.works(checkpoint.start), None)
+        resident = allocate(plan, inputs, results, checkpoint.states, first, stack)
         works = order.works(checkpoint.start)
         ahead = stack.enter_context(closing(ReadAhead(works, resident.operands, resident.read_ahead_bytes)))
         current = None

@@ -243,13 +243,6 @@ def case(queries=700, keys=None, batch=1, heads=2, dim=4, value_dim=3, dtype="fl
     return Case(q, k, normal(batch, heads, keys, value_dim, dtype=dtype, seed=3), **options)
 
 
-def ours_alive() -> list[str]:
-    """Names of this library's threads that still run, but for those that are kept after runs on a GPU."""
-    kept = ("cqsa-reader", "cqsa-output")
-    names = [thread.name for thread in threading.enumerate() if thread.name.startswith("cqsa-")]
-    return [name for name in names if not name.startswith(kept)]
-
-
 def open_files_below(directory) -> list[str]:
     """What this process holds open in ``directory``, files without a name among them."""
     found = []

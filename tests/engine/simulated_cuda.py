@@ -188,10 +188,10 @@ def stream_wait(stream: int, event: int, flags: int) -> None:
     stream_of(stream).wait_event(Event.everyone[event])
 
 
-def driver() -> np.ndarray:
+def driver() -> list[int]:
     """In the order of ``native.DRIVER_FUNCTIONS``."""
     functions = (set_context, to_device, to_host, event_record, event_synchronize, stream_wait)
-    return np.array([CONTEXT, *(ctypes.cast(each, ctypes.c_void_p).value for each in functions)], np.int64)
+    return [CONTEXT, *(ctypes.cast(each, ctypes.c_void_p).value for each in functions)]
 
 
 # ---- the kernel
@@ -212,8 +212,7 @@ class Function:
         self.max_dynamic_shared_size_bytes = 0
 
     def __call__(self, grid, block, arguments, shared_mem=0) -> None:
-        call = arguments[0].copy()
-        assert call.dtype == CALL
+        call = arguments[0].copy().view(CALL)
         simulator().launches += 1
         if simulator().fail_at is not None and simulator().launches >= simulator().fail_at:
             raise CudaError("an illegal memory access was encountered")

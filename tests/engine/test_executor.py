@@ -8,9 +8,10 @@ from itertools import islice, pairwise
 
 import numpy as np
 import pytest
-from engine_cases import TILE, Case, Counter, case, open_files_below, ours_alive
+from engine_cases import TILE, Case, Counter, case, open_files_below
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from our_threads import ours_alive
 
 from cqsa_arrays.cover import CqsCover, RectangularCover
 from cqsa_arrays.cover.base import Step

@@ -5,9 +5,10 @@ from itertools import pairwise
 
 import numpy as np
 import pytest
-from engine_cases import TILE, CountingSink, case, group, normal, ours_alive
+from engine_cases import TILE, CountingSink, case, group, normal
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from our_threads import ours_alive
 
 from cqsa_arrays.block_statistics import BlockStatistics
 from cqsa_arrays.engine import OutputResults, StatisticsResults

@@ -15,7 +15,7 @@ import h5py
 import numpy as np
 import pytest
 import simulated_cuda
-from engine_cases import ours_alive
+from our_threads import KEPT, ours_alive, running
 from simulated_cuda import lock, simulated_gpu
 
 import cqsa_arrays as cqsa
@@ -345,16 +345,20 @@ def test_an_interruption_begins_no_further_part_of_the_next_step(gpu, monkeypatc
     monkeypatch.setattr("cqsa_arrays.engine.cuda.memory.PINNED_PIECE_BYTES", 1024)
     with pytest.raises(KeyboardInterrupt):
         cqsa.attention(*qkv(1, 3, 900), causal=True, device="cuda", options=Options(chunks=2))
-    _, done, shares = shipments[1]._counts.tolist()
+    shares, _, done = shipments[1]._bill[6:9].tolist()
     assert len(shipments) == 2
     assert done < shares / 2
     assert gpu.used_bytes == 0
 
 
-@pytest.mark.parametrize("where", ["readers", "writers"])
-def test_threads_end_before_the_memory_that_they_use_wherever_an_interruption_comes(gpu, where, monkeypatch) -> None:
+@pytest.mark.parametrize("where", ["readers begin", "a thread begins", "rows leave", "a shipment is posted"])
+def test_threads_end_before_the_memory_that_they_use_wherever_an_interruption_comes(
+    gpu, where, monkeypatch, tmp_path
+) -> None:
     """It may come when something was begun and nobody has noted it."""
-    memory = importlib.import_module("cqsa_arrays.engine.cuda.memory")
+    crew, memory, departures = (
+        importlib.import_module(f"cqsa_arrays.engine.cuda.{name}") for name in ("crew", "memory", "departures")
+    )
     workers, alive = importlib.import_module("cqsa_arrays.workers"), []
 
     class Slow(simulated_cuda.Event):
@@ -365,23 +369,44 @@ def test_threads_end_before_the_memory_that_they_use_wherever_an_interruption_co
     def interrupted(usual):
         def call(self, *given, **named):
             usual(self, *given, **named)
+            monkeypatch.setattr(owner, name, usual)  # it comes once
             raise KeyboardInterrupt
 
         return call
 
     def close(self) -> None:
-        names = [thread.name for thread in threading.enumerate()]
-        alive.extend(name for name in names if name.startswith(("cqsa-reader", "cqsa-output")))
+        alive.extend(running(KEPT))
         usual_close(self)
 
     usual_close = memory.Arena.close
     monkeypatch.setattr(importlib.import_module("cupy").cuda, "Event", Slow)
     monkeypatch.setattr(memory.Arena, "close", close)
-    name = {"readers": "start", "writers": "submit"}[where]
-    monkeypatch.setattr(workers.Workers, name, interrupted(getattr(workers.Workers, name)))
+    owner, name = {
+        "readers begin": (workers.Workers, "start"), "a thread begins": (workers.Workers, "submit"),
+        "rows leave": (departures.Departures, "submit"), "a shipment is posted": (crew.Crew, "send"),
+    }[where]  # fmt: skip
+    monkeypatch.setattr(owner, name, interrupted(getattr(owner, name)))
+    arrays = qkv(1, 3, 900)
+    if where == "readers begin":
+        arrays = [np.memmap(tmp_path / n, x.dtype, "w+", shape=x.shape) for n, x in zip("qkv", arrays, strict=True)]
+    with pytest.raises(KeyboardInterrupt):
+        cqsa.attention(*arrays, causal=True, device="cuda")
+    assert alive == []
+    assert gpu.used_bytes == 0
+
+
+def test_threads_that_wait_for_work_end_where_one_interruption_follows_another(gpu, monkeypatch) -> None:
+    """Before anything of the usual end has been done."""
+    link, resident = (importlib.import_module(f"cqsa_arrays.engine.cuda.{name}") for name in ("link", "resident"))
+
+    def interrupted(*given) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(resident.DeviceResident, "attend", interrupted)
+    monkeypatch.setattr(link.Link, "close", interrupted)
     with pytest.raises(KeyboardInterrupt):
         cqsa.attention(*qkv(1, 3, 900), causal=True, device="cuda")
-    assert alive == []
+    assert running(("cqsa-sender",)) == []
     assert gpu.used_bytes == 0
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from gpu_cases import ours_alive
+from our_threads import ours_alive
 
 from cqsa_arrays.devices import OLDEST, Gpu, gpus
 

@@ -94,13 +94,6 @@ def least_bytes(*operands, **arguments) -> int:
     return int(re.search(r"Pass memory=(\d+)", str(caught.value))[1])
 
 
-def ours_alive() -> list[str]:
-    """Names of this library's threads that still run, but for those that are kept."""
-    kept = ("cqsa-reader", "cqsa-output")
-    names = [thread.name for thread in threading.enumerate() if thread.name.startswith("cqsa-")]
-    return [name for name in names if not name.startswith(kept)]
-
-
 def as_map(path: str | os.PathLike[str], array: np.ndarray) -> np.memmap:
     """A copy of ``array`` in a mapped file."""
     made = np.memmap(path, array.dtype, "w+", shape=array.shape)

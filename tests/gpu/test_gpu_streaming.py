@@ -19,9 +19,9 @@ from gpu_cases import (
     exact,
     host,
     least_bytes,
-    ours_alive,
     qkv,
 )
+from our_threads import ours_alive
 
 import cqsa_arrays as cqsa
 from cqsa_arrays import Options
@@ -119,7 +119,7 @@ def test_page_locked_arrays_are_copied_from_where_they_are(cover, order, monkeyp
         locked = cupyx.empty_pinned(physical.shape, physical.dtype)
         locked[...] = physical
         given.append(locked)
-    monkeypatch.setattr("cqsa_arrays.engine.cuda.link.Link.send", None)
+    monkeypatch.setattr("cqsa_arrays.engine.cuda.crew.Crew.send", None)
     call = {"causal": True, "layout": layout, "device": "cuda", "options": Options(cover=cover)}
     out = cqsa.attention(*given, memory=int(1.5 * least_bytes(*given, **call)), **call)
     assert_close(out if layout == "bhnd" else out.swapaxes(1, 2), exact(*arrays, offset=0)[0])
@@ -167,7 +167,7 @@ ERRORS = [cqsa.StorageError("the disk is gone"), OSError(5, "gone"), KeyboardInt
 @pytest.mark.parametrize("error", ERRORS, ids=lambda error: type(error).__name__)
 @pytest.mark.parametrize("where", ["source", "map", "array", "file", "lse"])
 def test_an_error_midway_is_raised_and_leaves_nothing(folder, cover, error, where, monkeypatch, tmp_path_factory):
-    from cqsa_arrays.engine.cuda.link import Link
+    from cqsa_arrays.engine.cuda.crew import Crew
     from cqsa_arrays.engine.cuda.transfer import Transfers
 
     arrays = qkv(1, 3, 2000, 64, dtype="f2")
@@ -182,7 +182,7 @@ def test_an_error_midway_is_raised_and_leaves_nothing(folder, cover, error, wher
     for path in folder.iterdir():
         path.unlink()
     owner, name = {
-        "source": (Link, "send"),
+        "source": (Crew, "send"),
         "map": (MemmapSource, "read"),
         "array": (Transfers, "receive"),
         "file": (OutputFile, "write_out"),
@@ -201,10 +201,10 @@ def test_an_error_midway_is_raised_and_leaves_nothing(folder, cover, error, wher
 
 
 def test_an_error_in_the_first_read(folder, monkeypatch):
-    from cqsa_arrays.engine.cuda.link import Link
+    from cqsa_arrays.engine.cuda.crew import Crew
 
     arrays = qkv(1, 1, 2000, 64, dtype="f2")
-    Midway(monkeypatch, Link, "send", cqsa.StorageError("gone"), at=1)
+    Midway(monkeypatch, Crew, "send", cqsa.StorageError("gone"), at=1)
     with pytest.raises(cqsa.StorageError, match="gone"):
         cqsa.attention(*arrays, device="cuda", out="out.h5")
     assert os.listdir() == []

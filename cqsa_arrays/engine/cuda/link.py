@@ -8,14 +8,12 @@ from typing import Any, Protocol, TypeVar
 
 import cupy
 
-from ...planner.memory import READER_THREADS
 from ...workers import Batch, Workers
+from .crew import Crew
 from .memory import SHARES, PinnedPieces
-from .transfer import Region, Shipment, Transfers
+from .transfer import Region, Shipment
 
 T = TypeVar("T")
-# How many times is looked whether other threads are done, before they are waited for asleep: some milliseconds at most.
-_PATIENCE = 50_000
 
 
 class Coming(Protocol):
@@ -54,33 +52,30 @@ class Slot:
 
 @dataclass(frozen=True, slots=True)
 class Sending:
-    """A shipment that threads send; who waits for it takes a share."""
+    """A shipment that a crew sends."""
 
     shipment: Shipment
-    batch: Batch
-    link: Link
+    crew: Crew
 
     def wait(self) -> None:
-        if not self.shipment.sent:
-            self.link.send(self.shipment, _PATIENCE)
-        if not self.shipment.sent:
-            self.batch.wait()
+        self.crew.wait(self.shipment)
 
 
 @dataclass(slots=True)
 class Link:
-    """What brings blocks to the device: reader threads, page-locked pieces, a stream for copies.
+    """What brings blocks to the device: threads, page-locked pieces, a stream for copies.
 
-    Blocks of arrays in memory are asked for first and then sent together, by all threads, while the caller goes on.
+    Blocks of arrays in memory are asked for first and then sent together, by the crew, while the caller goes on. Others
+    are read by ``readers``, part by part.
     """
 
     device: cupy.cuda.Device
     pieces: PinnedPieces
-    readers: Workers
     copies: cupy.cuda.Stream
-    transfers: Transfers | None  # for arrays of the host
+    crew: Crew | None
+    readers: Workers | None
     asked: list[tuple[Slot, tuple[cupy.cuda.Event, ...], list[Region]]] = field(default_factory=list)
-    under_way: list[tuple[Batch, Shipment | None]] = field(default_factory=list)
+    under_way: list[Batch] = field(default_factory=list)
 
     def ask(self, slot: Slot, after: tuple[cupy.cuda.Event, ...], regions: list[Region]) -> None:
         """Have ``regions`` sent to their places in ``slot``, after events, when ``start`` is called."""
@@ -91,43 +86,39 @@ class Link:
         asked, self.asked = self.asked, []
         if not asked:
             return
+        assert self.crew is not None, "there are arrays of the host"
         regions = [region for _, _, some in asked for region in some]
         after = list({id(event): event for _, events, _ in asked for event in events}.values())
         arrived = [slot.arrived for slot, _, _ in asked]
         shipment = Shipment(regions, after, arrived, self.pieces.size_bytes // SHARES)
-        batch = self.readers.start([shipment] * min(READER_THREADS, shipment.share_count), self.send)
-        self._note(batch, shipment)
+        self.crew.send(shipment)
         for slot, _, _ in asked:
-            slot.coming = Sending(shipment, batch, self)
-
-    def send(self, shipment: Shipment, patience: int = 0) -> None:
-        """A thread's share of ``shipment``."""
-        assert self.transfers is not None
-        with self.device:  # of the events of a new piece; threads that are kept served another one, perhaps
-            piece = self.pieces.borrow()
-            try:
-                shipment.send(self.transfers, piece, self.copies.ptr, patience)
-            finally:
-                self.pieces.give_back(piece)
+            slot.coming = Sending(shipment, self.crew)
 
     def read(self, slot: Slot, parts: Iterable[T], bring: Callable[[T], None]) -> None:
         """Have ``bring(part)`` put the copies of all parts on the stream."""
+        assert self.readers is not None, "there are inputs that are read"
 
         def arrived() -> None:
             with self.device:
                 slot.arrived.record(self.copies)
 
         slot.coming = batch = self.readers.start(parts, bring, arrived)
-        self._note(batch, None)
+        self.under_way = [other for other in self.under_way if not other.over] + [batch]
 
-    def _note(self, batch: Batch, shipment: Shipment | None) -> None:
-        self.under_way = [(other, its) for other, its in self.under_way if not other.over] + [(batch, shipment)]
+    def end(self) -> None:
+        """Nothing is asked for any more."""
+        if self.crew is not None:
+            self.crew.end()
 
     def close(self) -> None:
         """Begin no further part of what is under way; what is begun is waited for."""
-        for batch, shipment in self.under_way:
+        self.end()
+        for batch in self.under_way:
             batch.waiting.clear()
-            if shipment is not None:
-                shipment.stop()
-        for batch, _ in self.under_way:
-            batch.drop()
+        try:
+            for batch in self.under_way:
+                batch.drop()
+        finally:
+            if self.crew is not None:
+                self.crew.close()

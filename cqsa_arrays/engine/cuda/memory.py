@@ -19,21 +19,26 @@ _OUT_OF_MEMORY = 2  # cudaErrorMemoryAllocation
 
 
 class Arena:
-    """``size_bytes`` of the current device, taken from the driver at once and cut into arrays, given back by ``close``.
+    """Some bytes of the current device, taken from the driver at once and cut into arrays, given back by ``close``.
 
-    Raises DeviceMemoryError where the driver has not that much. Nothing else of a run allocates on the device.
+    Nothing else of a run allocates on the device.
     """
 
-    def __init__(self, size_bytes: int) -> None:
+    def __init__(self) -> None:
+        self._memory: cupy.cuda.Memory | None = None
+        self._size = self._used = 0
+
+    def allocate(self, size_bytes: int) -> None:
+        """Take ``size_bytes``, once. Raises DeviceMemoryError where the driver has not that much."""
+        self._size = max(size_bytes, DEVICE_ALIGNMENT)
         try:
-            self._memory = cupy.cuda.Memory(max(size_bytes, DEVICE_ALIGNMENT))
+            self._memory = cupy.cuda.Memory(self._size)
         except CUDARuntimeError as error:
             if error.status != _OUT_OF_MEMORY:
                 raise
             free = int(cupy.cuda.runtime.memGetInfo()[0])
             message = f"memory: {format_bytes(size_bytes)} were planned, the device has {format_bytes(free)} left."
             raise DeviceMemoryError(message, free) from error
-        self._size, self._used = max(size_bytes, DEVICE_ALIGNMENT), 0
 
     def take(self, shape: int | tuple[int, ...], dtype: Any) -> Any:
         """The next part, an array of any content."""
@@ -47,7 +52,7 @@ class Arena:
 
     def close(self) -> None:
         """Give the memory back once the arrays are dropped."""
-        del self._memory
+        self._memory = None
 
 
 def pinned(size_bytes: int) -> np.ndarray:

@@ -1,11 +1,17 @@
 """Rows between arrays of the host and the device through page-locked memory: loops that do not hold Python's lock.
 
-They call the driver by the addresses of its functions. Arguments are vectors of 64-bit integers:
+They call the driver, and semaphores of the C library, by the addresses of their functions. Arguments are vectors of
+64-bit integers:
 
-    driver   the context, then addresses in the order of ``DRIVER_FUNCTIONS``
-    pinned   address, bytes of a share, an event for each share: recorded after the last copy that uses it
-    region   address, inner count, outer stride, inner stride, bytes of a row, bytes of all rows, address on the device,
-             and of several regions, the shares that those before it fill
+    functions  the context, then addresses in the order of ``DRIVER_FUNCTIONS`` and ``SYSTEM_FUNCTIONS``
+    pinned     address, bytes of a share, an event for each share: recorded after the last copy that uses it
+    region     address, inner count, outer stride, inner stride, bytes of a row, bytes of all rows, address on the
+               device, and of several regions, the shares that those before it fill
+    bill       of a shipment: address and number of its regions, of the events that it comes after, and of those that
+               are recorded when it has come; its shares; of these, how many are begun, how many done (one more when
+               the events are recorded); the driver's error; the threads of a board that are through with it
+    board      how many bills were posted, then the addresses of the last ones, each in the place of its number modulo
+               how many there are room for; 0 is the end
 
 Row r lies at ``address + r // inner count * outer stride + r % inner count * inner stride``; on the device rows follow
 each other without gaps. While the device copies some shares, the processor fills or empties others.
@@ -22,10 +28,17 @@ DRIVER_FUNCTIONS = (
     "cuCtxSetCurrent", "cuMemcpyHtoDAsync_v2", "cuMemcpyDtoHAsync_v2", "cuEventRecord", "cuEventSynchronize",
     "cuStreamWaitEvent",
 )  # fmt: skip
-_CONTEXT, _SET_CONTEXT, _TO_DEVICE, _TO_HOST, _RECORD, _SYNCHRONIZE, _WAIT = range(1 + len(DRIVER_FUNCTIONS))
+SYSTEM_FUNCTIONS = ("sem_wait", "sem_post")
+_CONTEXT, _SET_CONTEXT, _TO_DEVICE, _TO_HOST, _RECORD, _SYNCHRONIZE, _WAIT, _SLEEP, _WAKE = range(9)
 _ADDRESS, _INNER, _OUTER_STRIDE, _INNER_STRIDE, _ROW_BYTES, _BYTES, _DEVICE, _BEFORE = range(8)
+_REGION_BYTES = 8 * 8
+_REGIONS, _AFTER, _ARRIVED, _SHARES, _BEGUN, _DONE, _FAILED, _PASSED = 0, 2, 4, 6, 7, 8, 9, 10
+# More than there are shares.
+_NO_MORE = 1 << 62
 _VECTOR = nb.int64[::1]
-SEND = nb.int64(_VECTOR, _VECTOR, nb.int64[:, ::1], _VECTOR, nb.int64, _VECTOR, _VECTOR, nb.int64)
+SEND = nb.int64(_VECTOR, _VECTOR, nb.int64, nb.int64, nb.int64)
+SERVE = nb.void(_VECTOR, _VECTOR, _VECTOR, nb.int64, nb.int64)
+POST = nb.void(_VECTOR, _VECTOR, _VECTOR, nb.int64)
 RECEIVE = nb.int64(_VECTOR, _VECTOR, _VECTOR, nb.int64)
 _I64, _POINTER = ir.IntType(64), ir.IntType(8).as_pointer()
 
@@ -66,15 +79,44 @@ def _add(typing_context, address, number):
     return types.int64(types.int64, types.int64), codegen
 
 
+@intrinsic
+def _at(typing_context, address):
+    """The integer at ``address``, as other threads have left it."""
+
+    def codegen(context, builder, signature, values):
+        return builder.load_atomic(builder.inttoptr(values[0], _I64.as_pointer()), "seq_cst", 8)
+
+    return types.int64(types.int64), codegen
+
+
+@intrinsic
+def _put(typing_context, address, number):
+    """Store an integer at ``address``, for other threads."""
+
+    def codegen(context, builder, signature, values):
+        builder.store_atomic(values[1], builder.inttoptr(values[0], _I64.as_pointer()), "seq_cst", 8)
+        return context.get_dummy_value()
+
+    return types.void(types.int64, types.int64), codegen
+
+
+@nb.njit
+def _of(vector, place):
+    """A number of the vector at an address."""
+    return _at(vector + 8 * place)
+
+
 @nb.njit
 def _move(region, first, count, memory, outward):
     """Bytes ``first`` .. ``first + count`` of all rows to ``memory``, or ``outward``, from there."""
-    end = first + count
+    end, row_bytes = first + count, _of(region, _ROW_BYTES)
+    address, inner_count = _of(region, _ADDRESS), _of(region, _INNER)
+    outer_stride, inner_stride = _of(region, _OUTER_STRIDE), _of(region, _INNER_STRIDE)
     while first < end:
-        row, skipped = first // region[_ROW_BYTES], first % region[_ROW_BYTES]
-        size = min(region[_ROW_BYTES] - skipped, end - first)
-        outer, inner = row // region[_INNER], row % region[_INNER]
-        place = region[_ADDRESS] + outer * region[_OUTER_STRIDE] + inner * region[_INNER_STRIDE] + skipped
+        row, skipped = first // row_bytes, first % row_bytes
+        size = min(row_bytes - skipped, end - first)
+        outer, inner = row // inner_count, row % inner_count
+        place = address + outer * outer_stride + inner * inner_stride + skipped
         if outward:
             _copy(place, memory, size)
         else:
@@ -83,60 +125,94 @@ def _move(region, first, count, memory, outward):
         first += size
 
 
-@nb.njit(nogil=True, cache=True)
-def send(driver, pinned, regions, counts, stream, after, arrived, patience):
-    """Put copies of ``regions`` to the device on ``stream``, behind the events ``after``; 0 or the driver's error.
-
-    Share by share, beside other threads: ``counts`` has how many shares are begun, how many are done, and how many
-    there are. Whoever does the last one records the events ``arrived`` and counts once more; who has none left
-    to do looks for that as many times as it has ``patience``.
-    """
-    begun, done = counts.ctypes.data, counts.ctypes.data + 8
-    status = _call(driver[_SET_CONTEXT], (driver[_CONTEXT],))
-    for event in after:
-        status = status or _call(driver[_WAIT], (stream, event, 0))
-    share, turn = pinned[1], 0
+@nb.njit
+def _send_shares(functions, pinned, bill, stream):
+    """A thread's shares of a shipment: until none is left, or one fails."""
+    status = _call(functions[_SET_CONTEXT], (functions[_CONTEXT],))
+    for e in range(_of(bill, _AFTER + 1)):
+        event = _of(_of(bill, _AFTER), e)
+        status = status or _call(functions[_WAIT], (stream, event, 0))
+    regions, region_count = _of(bill, _REGIONS), _of(bill, _REGIONS + 1)
+    share, shares, turn = pinned[1], _of(bill, _SHARES), 0
     while status == 0:
-        number, r = _add(begun, 1), 0
-        if number >= counts[2]:
+        number, region = _add(bill + 8 * _BEGUN, 1), regions
+        if number >= shares:
             break
-        while r + 1 < len(regions) and regions[r + 1, _BEFORE] <= number:
-            r += 1
-        first, place = (number - regions[r, _BEFORE]) * share, turn % (len(pinned) - 2)
+        last = regions + _REGION_BYTES * (region_count - 1)
+        while region < last and _of(region + _REGION_BYTES, _BEFORE) <= number:
+            region += _REGION_BYTES
+        first, place = (number - _of(region, _BEFORE)) * share, turn % (len(pinned) - 2)
         memory, event = pinned[0] + place * share, pinned[2 + place]
-        count = min(share, regions[r, _BYTES] - first)
-        status = _call(driver[_SYNCHRONIZE], (event,))
+        count = min(share, _of(region, _BYTES) - first)
+        status = _call(functions[_SYNCHRONIZE], (event,))
         if status == 0:
-            _move(regions[r], first, count, memory, False)
-            status = _call(driver[_TO_DEVICE], (regions[r, _DEVICE] + first, memory, count, stream))
-            status = status or _call(driver[_RECORD], (event, stream))
-        if status == 0 and _add(done, 1) + 1 == counts[2]:
-            for event in arrived:
-                status = status or _call(driver[_RECORD], (event, stream))
+            _move(region, first, count, memory, False)
+            status = _call(functions[_TO_DEVICE], (_of(region, _DEVICE) + first, memory, count, stream))
+            status = status or _call(functions[_RECORD], (event, stream))
+        if status == 0 and _add(bill + 8 * _DONE, 1) + 1 == shares:
+            for e in range(_of(bill, _ARRIVED + 1)):
+                status = status or _call(functions[_RECORD], (_of(_of(bill, _ARRIVED), e), stream))
             if status == 0:
-                _add(done, 1)
+                _add(bill + 8 * _DONE, 1)
         turn += 1
-    while status == 0 and patience > 0 and _add(done, 0) <= counts[2]:
-        patience -= 1
-    return status
+    if status != 0:
+        _put(bill + 8 * _FAILED, status)
+        _put(bill + 8 * _BEGUN, _NO_MORE)
 
 
 @nb.njit(nogil=True, cache=True)
-def receive(driver, pinned, region, stream):
+def send(functions, pinned, bill, stream, patience):
+    """Put copies of a shipment on ``stream``, share by share beside other threads; 0 or the driver's error.
+
+    Who has no share left to do looks whether the others are done, as many times as it has ``patience``.
+    """
+    _send_shares(functions, pinned, bill, stream)
+    while patience > 0 and _of(bill, _FAILED) == 0 and _of(bill, _DONE) <= _of(bill, _SHARES):
+        patience -= 1
+    return _of(bill, _FAILED)
+
+
+@nb.njit(nogil=True, cache=True)
+def serve(functions, pinned, board, semaphore, stream):
+    """Send what is posted on ``board``, beside other threads, each woken by a semaphore of its own; until the end."""
+    taken = 0
+    while True:
+        while _call(functions[_SLEEP], (semaphore,)) != 0:
+            pass  # a signal has come
+        bill = _at(board.ctypes.data + 8 * (1 + taken % (len(board) - 1)))
+        if bill == 0:
+            break
+        _send_shares(functions, pinned, bill, stream)
+        _add(bill + 8 * _PASSED, 1)
+        taken += 1
+
+
+@nb.njit(cache=True)
+def post(functions, board, semaphores, bill):
+    """Have a shipment sent by those who serve the board; 0 is the end."""
+    posted = board[0]
+    _put(board.ctypes.data + 8 * (1 + posted % (len(board) - 1)), bill)
+    board[0] = posted + 1
+    for semaphore in semaphores:
+        _call(functions[_WAKE], (semaphore,))
+
+
+@nb.njit(nogil=True, cache=True)
+def receive(functions, pinned, region, stream):
     """Fill ``region`` from the device, behind what is on ``stream``; 0 or the driver's error."""
-    status = _call(driver[_SET_CONTEXT], (driver[_CONTEXT],))
+    status = _call(functions[_SET_CONTEXT], (functions[_CONTEXT],))
     share, places = pinned[1], len(pinned) - 2
     turns = (region[_BYTES] + share - 1) // share
     for turn in range(turns + places - 1):
         if turn < turns and status == 0:
             first, place = turn * share, turn % places
             memory, count = pinned[0] + place * share, min(share, region[_BYTES] - first)
-            status = _call(driver[_TO_HOST], (memory, region[_DEVICE] + first, count, stream))
-            status = status or _call(driver[_RECORD], (pinned[2 + place], stream))
+            status = _call(functions[_TO_HOST], (memory, region[_DEVICE] + first, count, stream))
+            status = status or _call(functions[_RECORD], (pinned[2 + place], stream))
         come = turn - places + 1
         if come >= 0 and status == 0:
             first, place = come * share, come % places
-            status = _call(driver[_SYNCHRONIZE], (pinned[2 + place],))
+            status = _call(functions[_SYNCHRONIZE], (pinned[2 + place],))
             if status == 0:
-                _move(region, first, min(share, region[_BYTES] - first), pinned[0] + place * share, True)
+                _move(region.ctypes.data, first, min(share, region[_BYTES] - first), pinned[0] + place * share, True)
     return status

@@ -48,7 +48,7 @@ class DevicePages:
         self._touched: list[Slot] = []
         self._group: Group | None = None
         self._locked = page_locked(source)
-        self._lies = isinstance(source, HostSource) and source.vectors_together
+        self._lies = lies_in_rows(source)
         # Every block has the strides of the longest: one launch takes several.
         self._tokens, self._heads = tokens, heads
         count = 0 if self._in_place else slots
@@ -220,6 +220,11 @@ class DevicePages:
         else:
             whole = flat.reshape(batch, heads, self._tokens, self._source.shape[3])
         return whole[:, :, : len(tokens)]
+
+
+def lies_in_rows(source: TokenSource) -> bool:
+    """Whether it is an array of the host whose vectors are contiguous."""
+    return isinstance(source, HostSource) and source.vectors_together
 
 
 def page_locked(source: TokenSource) -> np.ndarray | None:

@@ -18,7 +18,7 @@ from ...kernels.cuda.kernel import CudaKernel
 from ...planner import Group, Plan, Problem
 from ...planner.memory import DISK, HOST, OUTPUT_SLOTS, PINNED_PIECES, READER_THREADS, output_slot, output_tile
 from ...ranges import Range
-from ...storage import ArraySink, HostSource
+from ...storage import ArraySink, DeviceSource
 from ...storage.dtypes import SUPPORTED
 from ...workers import Workers, kept_workers
 from ..resident import Inputs, Operands
@@ -26,11 +26,12 @@ from ..results import OutputResults, Results, StatisticsResults
 from ..schedule import Work
 from ..statefile import StateFile
 from ..states import scratch_file
+from .crew import Crew
 from .departures import Departures
 from .lanes import Lanes
 from .link import Link
 from .memory import Arena, PinnedPieces, pinned
-from .pages import DevicePages
+from .pages import DevicePages, lies_in_rows
 from .results import DeviceArrayOutput, DeviceOutput, DeviceResults, DeviceStatistics, DeviceTiles, Finished
 from .states import DeviceStates, NoStates, PinnedStates, Saved, StatesOnDisk, WaitingPlace
 from .transfer import Transfers, open_transfers
@@ -75,6 +76,8 @@ class DeviceResident:
         rows = slice(part.start - step.queries.start, part.stop - step.queries.start)
         for pages in self.operands:
             pages.await_loaded(lane)
+        if upcoming is None:
+            self.link.end()
         with lane:
             used = self.kernel.accumulate(
                 queries[:, :, rows], part.start, blocks, state.statistics, diagonal=self.problem.mask.diagonal,
@@ -94,12 +97,8 @@ class DeviceResident:
         self.results.take(Finished(group, rows, state, lane, release))
 
     def _preload(self, work: Work | None) -> None:
-        """Begin to bring blocks of ``work``, as far as there is room beside what is loaded."""
-        if work is None or work.step is None or not work.begins_step:
-            return
-        for pages, tokens in self.operands.of(work.step):
-            pages.preload(work.group, tokens)
-        self.link.start()
+        if work is not None:
+            _preload(self.operands, self.link, work)
 
     def settle(self) -> None:
         """Return once the device has done what was put on it and the rows handed out are written."""
@@ -118,27 +117,28 @@ class DeviceResident:
 
 
 def allocate_on_device(
-    plan: Plan, inputs: Inputs, results: Results, saved: StateFile | None, stack: ExitStack
+    plan: Plan, inputs: Inputs, results: Results, saved: StateFile | None, first: Work | None, stack: ExitStack
 ) -> DeviceResident:
-    """Exactly the terms of the plan's two memory tables; ``stack`` gives them back."""
+    """Exactly the terms of the plan's two memory tables; ``stack`` gives them back.
+
+    The blocks of ``first``, what is computed first, begin to come before the rest is allocated.
+    """
     stack.enter_context(_translated_errors(plan.device))
     device = stack.enter_context(cupy.cuda.Device(int(plan.device.removeprefix("cuda:"))))
-    problem, size = plan.problem, plan.chosen.residency
-    kernel = CudaKernel(problem.q.dtype, head_dim=problem.head_dim, value_dim=problem.value_dim, scale=problem.scale)
-    stack.enter_context(closing(kernel))
-    lanes = _lanes(plan)
-    arena = stack.enter_context(closing(Arena(plan.memory_bytes)))
+    problem, transfers = plan.problem, _transfers(inputs, results, plan.problem)
+    arena = stack.enter_context(closing(Arena()))
     pieces = stack.enter_context(closing(PinnedPieces(PINNED_PIECES)))
     # Whatever fails, nothing is given back while a copy or kernel still uses it.
     stack.callback(device.synchronize)
-    readers = stack.enter_context(kept_workers(READER_THREADS, "reader"))
+    link = _link(inputs, device, pieces, transfers, stack)
+    arena.allocate(plan.memory_bytes)  # takes the driver as long as threads to begin
+    operands = _operands(inputs, plan, link, arena)
+    if first is not None:
+        _preload(operands, link, first)
+    kernel = CudaKernel(problem.q.dtype, head_dim=problem.head_dim, value_dim=problem.value_dim, scale=problem.scale)
+    stack.enter_context(closing(kernel))
+    lanes = _lanes(plan)
     writers = stack.enter_context(kept_workers(OUTPUT_SLOTS, "output"))
-    copies, transfers = cupy.cuda.Stream(non_blocking=True), _transfers(inputs, results, problem)
-    link = stack.enter_context(closing(Link(device, pieces, readers, copies, transfers)))
-    key_size = {"slots": size.key_slots, "tokens": size.key_chunk, "heads": size.heads}
-    query_size = {"slots": size.query_slots, "tokens": size.query_chunk, "heads": size.heads}
-    keys, values = (DevicePages(source, link, arena, **key_size) for source in (inputs.k, inputs.v))
-    operands = Operands(DevicePages(inputs.q, link, arena, **query_size), keys, values)
     outgoing = stack.enter_context(closing(_outgoing(plan, results, kernel, arena, transfers, writers)))
     kept = None if saved is None else Saved(saved, pieces)
     states = stack.enter_context(closing(_states(plan, outgoing.home, arena, kept, stack)))
@@ -154,6 +154,42 @@ def _lanes(plan: Plan) -> Lanes:
     for stream in lanes.streams:
         stream.wait_event(before)
     return lanes
+
+
+def _link(
+    inputs: Inputs, device: cupy.cuda.Device, pieces: PinnedPieces, transfers: Transfers | None, stack: ExitStack
+) -> Link:
+    """With threads for blocks that lie in memory, and threads for those that are read, in all as many as planned."""
+    streamed = [source for source in (inputs.q, inputs.k, inputs.v) if not isinstance(source, DeviceSource)]
+    kinds = {lies_in_rows(source) for source in streamed}
+    size = READER_THREADS if len(kinds) < 2 else max(1, READER_THREADS // 2)
+    copies = cupy.cuda.Stream(non_blocking=True)
+    readers = stack.enter_context(kept_workers(size, "reader")) if False in kinds else None
+    crew = None
+    if True in kinds:
+        assert transfers is not None, "an array of the host"
+        senders = stack.enter_context(kept_workers(size, "sender"))
+        crew = Crew(transfers, pieces, copies)
+        stack.callback(crew.end)  # first of all: it waits for nothing, and who waits for the threads would for ever
+        crew.begin(senders, size)
+    return stack.enter_context(closing(Link(device, pieces, copies, crew, readers)))
+
+
+def _operands(inputs: Inputs, plan: Plan, link: Link, arena: Arena) -> Operands[DevicePages]:
+    size = plan.chosen.residency
+    key_size = {"slots": size.key_slots, "tokens": size.key_chunk, "heads": size.heads}
+    query_size = {"slots": size.query_slots, "tokens": size.query_chunk, "heads": size.heads}
+    keys, values = (DevicePages(source, link, arena, **key_size) for source in (inputs.k, inputs.v))
+    return Operands(DevicePages(inputs.q, link, arena, **query_size), keys, values)
+
+
+def _preload(operands: Operands[DevicePages], link: Link, work: Work) -> None:
+    """Begin to bring blocks of ``work``, as far as there is room beside what is loaded."""
+    if work.step is None or not work.begins_step:
+        return
+    for pages, tokens in operands.of(work.step):
+        pages.preload(work.group, tokens)
+    link.start()
 
 
 def _states(
@@ -181,7 +217,7 @@ def _states(
 def _transfers(inputs: Inputs, results: Results, problem: Problem) -> Transfers | None:
     """For arrays of the host, from or to which something is copied; None where there is none."""
     into = isinstance(results, OutputResults) and not problem.result.on_device and isinstance(results.sink, ArraySink)
-    if into or any(isinstance(source, HostSource) for source in (inputs.q, inputs.k, inputs.v)):
+    if into or any(lies_in_rows(source) for source in (inputs.q, inputs.k, inputs.v)):
         return open_transfers()
     return None
 

@@ -40,6 +40,10 @@ class Region:
         ]  # fmt: skip
 
 
+# Places in the bill of a shipment; see ``native``.
+_BEGUN, _DONE, _FAILED, _PASSED = 7, 8, 9, 10
+
+
 class Shipment:
     """Regions that several threads send together, a share of a page-locked piece at a time."""
 
@@ -49,23 +53,33 @@ class Shipment:
         self._regions = np.array([region.numbers() for region in regions], np.int64)
         shares = -(-self._regions[:, 5] // share_bytes)
         self._regions[:, 7] = np.cumsum(shares) - shares
-        self._counts = np.array([0, 0, shares.sum()], np.int64)
         self._after, self._arrived = (np.array([event.ptr for event in some], np.int64) for some in self._events)
-        self._share_bytes = share_bytes
+        self._share_bytes, self._share_count = share_bytes, int(shares.sum())
+        vectors = [n for v in (self._regions, self._after, self._arrived) for n in (v.ctypes.data, len(v))]
+        self._bill = np.array([*vectors, self._share_count, 0, 0, 0, 0], np.int64)
 
     @property
-    def share_count(self) -> int:
-        """How many shares there are to send."""
-        return int(self._counts[2])
+    def bill(self) -> int:
+        """The address of what ``native`` takes for it."""
+        return self._bill.ctypes.data
 
     @property
     def sent(self) -> bool:
         """Whether every copy and the events are on the stream."""
-        return bool(self._counts[1] > self._counts[2])
+        return bool(self._bill[_DONE] > self._share_count)
+
+    @property
+    def passed(self) -> int:
+        """How many threads of a crew are through with it."""
+        return int(self._bill[_PASSED])
 
     def stop(self) -> None:
         """No further share is begun."""
-        self._counts[0] = 1 << 62
+        self._bill[_BEGUN] = 1 << 62
+
+    def check(self) -> None:
+        """Raise what the driver reported, as CUDADriverError."""
+        _check(int(self._bill[_FAILED]))
 
     def send(self, transfers: Transfers, piece: Piece, stream: int, patience: int = 0) -> None:
         """A thread's share: put shares on ``stream`` until none is left. Raises CUDADriverError.
@@ -73,24 +87,23 @@ class Shipment:
         Then it looks ``patience`` times, some nanoseconds each, whether the others are done.
         """
         assert piece.shares[1] == self._share_bytes
-        status = transfers.send_regions(
-            transfers.driver, piece.shares, self._regions, self._counts, stream, self._after, self._arrived, patience
-        )
-        _check(status)
+        _check(transfers.send(transfers.functions, piece.shares, self.bill, stream, patience))
 
 
 @dataclass(frozen=True, slots=True)
 class Transfers:
-    """The compiled loops, and the driver's functions that they call; used by any thread."""
+    """The compiled loops of ``native``, and the functions that they call; used by any thread."""
 
-    driver: np.ndarray
-    send_regions: Any
+    functions: np.ndarray
+    send: Any
+    serve: Any
+    post: Any
     receive_region: Any
 
     def receive(self, region: Region, piece: Piece, stream: int) -> None:
         """Copy from the device what ``region`` is to hold, behind the work on ``stream``. Raises CUDADriverError."""
         numbers = np.array(region.numbers(), np.int64)
-        _check(self.receive_region(self.driver, piece.shares, numbers, stream))
+        _check(self.receive_region(self.functions, piece.shares, numbers, stream))
 
 
 def open_transfers() -> Transfers:
@@ -100,25 +113,43 @@ def open_transfers() -> Transfers:
     from . import native
 
     what = "copies between host and GPU"
-    send, receive = entry_point(native.send, native.SEND, what), entry_point(native.receive, native.RECEIVE, what)
-    return Transfers(_driver(native.DRIVER_FUNCTIONS), send, receive)
+    loops: tuple[tuple[Any, Any], ...] = (
+        (native.send, native.SEND), (native.serve, native.SERVE), (native.post, native.POST),
+        (native.receive, native.RECEIVE),
+    )  # fmt: skip
+    functions = [*_driver(native.DRIVER_FUNCTIONS), *_addresses(None, native.SYSTEM_FUNCTIONS)]
+    return Transfers(np.array(functions, np.int64), *(entry_point(loop, signature, what) for loop, signature in loops))
 
 
-def _driver(names: tuple[str, ...]) -> np.ndarray:
+def _driver(names: tuple[str, ...]) -> list[int]:
     """The current context and the addresses of the driver's functions ``names``."""
     context = ctypes.c_void_p()
-    _check(_library().cuCtxGetCurrent(ctypes.byref(context)))
-    return np.array([context.value, *_addresses(names)], np.int64)
+    _check(_library(_DRIVER).cuCtxGetCurrent(ctypes.byref(context)))
+    return [context.value or 0, *_addresses(_DRIVER, names)]
+
+
+_DRIVER = "libcuda.so.1"
 
 
 @lru_cache
-def _library() -> ctypes.CDLL:
-    return ctypes.CDLL("libcuda.so.1")
+def _library(name: str | None) -> ctypes.CDLL:
+    """A shared library; None: whatever this process has loaded, the C library among it."""
+    return ctypes.CDLL(name)
 
 
 @lru_cache
-def _addresses(names: tuple[str, ...]) -> tuple[int | None, ...]:
-    return tuple(ctypes.cast(getattr(_library(), name), ctypes.c_void_p).value for name in names)
+def _addresses(library: str | None, names: tuple[str, ...]) -> tuple[int, ...]:
+    return tuple(ctypes.cast(getattr(_library(library), name), ctypes.c_void_p).value or 0 for name in names)
+
+
+class Semaphores:
+    """``count`` semaphores of the C library, at ``addresses``, each of them 0."""
+
+    def __init__(self, count: int) -> None:
+        self._memory = np.zeros((count, 8), np.int64)  # a line of the cache for each, twice what one takes
+        self.addresses = self._memory.ctypes.data + self._memory.strides[0] * np.arange(count)
+        for address in self.addresses:
+            _library(None).sem_init(ctypes.c_void_p(int(address)), 0, 0)
 
 
 def _check(status: int) -> None:

@@ -22,7 +22,7 @@ from ...block_statistics import BlockStatistics
 from ...masks import UNBOUNDED_DIAGONAL
 from ...ranges import Range
 from ..base import KeyBlock
-from .call import MAX_PIECES, PIECE_TOKENS, Finish, RowMask, pack_call
+from .call import CALL, MAX_PIECES, PIECE_TOKENS, Finish, RowMask, pack_call
 from .cubin import compiled
 from .source import flattened
 from .variants import Variant, variant_for
@@ -33,6 +33,8 @@ _PATIENCE_S = 0.7
 _LAUNCHES_AHEAD = 4
 # More than all keys of a launch, where those are accumulated without a state.
 _ALL_KEYS = 1 << 29
+# The argument as one element without fields: of an array with some, CuPy has NumPy describe every one at every launch.
+_OPAQUE = np.dtype((np.void, CALL.itemsize))
 
 
 @lru_cache(maxsize=64)
@@ -146,7 +148,7 @@ class CudaKernel:
             variant, function = self._for_any_words, load(self._for_any_words, self._device)
         row_blocks = -(-int(entry["query_tokens"]) // variant.block_rows)
         grid = row_blocks * int(entry["heads"]) * int(entry["batches"])
-        function((grid,), (variant.threads,), (call,), shared_mem=variant.shared_bytes)
+        function((grid,), (variant.threads,), (call.view(_OPAQUE),), shared_mem=variant.shared_bytes)
 
     def _tell(self, ahead: int) -> None:
         """Report the launches that are done; wait until at most ``ahead`` are under way."""
