@@ -47,7 +47,8 @@ class RectangularCover:
     """Task i is query tile i against all key blocks; the numbers of tiles and of blocks are free.
 
     ``at_once``: in one step, where all of them can be resident. Each tile of a causal mask then asks for the blocks of
-    the one before it and few others, so that work begins with the first tokens.
+    the one before it and few others, so that work begins with the first tokens. ``descending``: task 0 is the last
+    tile.
 
     >>> from cqsa_arrays.masks import Causal
     >>> cover = RectangularCover(Cut(6, 3, 1), Cut(6, 2, 1), Causal())
@@ -59,6 +60,7 @@ class RectangularCover:
     keys: Cut
     mask: Mask
     at_once: bool = False
+    descending: bool = False
 
     def __post_init__(self) -> None:
         check_cut("queries", self.queries)
@@ -82,12 +84,15 @@ class RectangularCover:
 
     def task(self, index: int) -> TileTask:
         check_index(index, self.task_count)
-        return TileTask(index, self.queries[index], self.keys, self.mask, self.at_once)
+        return TileTask(index, self._tile(index), self.keys, self.mask, self.at_once)
 
     def tasks(self) -> Iterator[TileTask]:
         return map(self.task, range(self.task_count))
 
     def finished_by(self, index: int) -> Iterator[Range]:
         check_index(index, self.task_count)
-        tile = self.queries[index]
+        tile = self._tile(index)
         return iter((tile,) if len(tile) else ())
+
+    def _tile(self, index: int) -> Range:
+        return self.queries[self.task_count - 1 - index if self.descending else index]

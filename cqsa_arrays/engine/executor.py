@@ -56,8 +56,8 @@ def run(
     Where the tasks of a group are shared by several lanes, its states are left in the file of ``checkpoint`` instead.
     """
     start, before = time.perf_counter(), _bytes_read(inputs)
-    cover = plan.build_cover()
-    order = Schedule(plan.groups, cover, plan.part_rows, plan.lanes, lane)
+    covers = plan.build_cover(), plan.build_last_cover()
+    order = Schedule(plan.groups, covers[0], plan.part_rows, plan.lanes, lane, covers[1])
     with ExitStack() as stack:
         in_place = plan.states_in_result and results.home is not None
         first = next(order.works(checkpoint.start), None)
@@ -75,7 +75,7 @@ def run(
                 resident.attend(work, *blocks, _tell(plan, work.step, progress), upcoming)
             checkpoint.done(work)
             if work.ends_task is not None and not plan.lanes_meet:
-                for rows in cover.finished_by(work.ends_task):
+                for rows in order.cover_of(work.group.index).finished_by(work.ends_task):
                     resident.take(work.group, rows, in_place=in_place)
                     checkpoint.finished(work.group.index, rows)
             elif work.ends_group:

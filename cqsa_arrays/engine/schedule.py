@@ -52,7 +52,8 @@ class Schedule:
     """The work of one of ``lanes`` lanes, which share the tasks of every group evenly; each keeps the plan's order.
 
     A step is handed out in parts of at most ``part_rows`` query rows (None: whole): between two of them a run can stop
-    and save its states, and no part changes what another computes.
+    and save its states, and no part changes what another computes. ``last_cover`` is that of the last group, where it
+    has its own.
     """
 
     groups: tuple[Group, ...]
@@ -60,6 +61,13 @@ class Schedule:
     part_rows: int | None = None
     lanes: int = 1
     lane: int = 0
+    last_cover: Cover | None = None
+
+    def cover_of(self, group: int) -> Cover:
+        """The cover of the group with that index."""
+        if self.last_cover is not None and group == len(self.groups) - 1:
+            return self.last_cover
+        return self.cover
 
     @property
     def end(self) -> Position:
@@ -71,11 +79,12 @@ class Schedule:
         for index in range(start.group, len(self.groups)):
             resumed = index == start.group
             first = max(start.task if resumed else 0, (self.lane - index) % self.lanes)
-            tasks = chain(range(first, self.cover.task_count, self.lanes), (None,))
+            cover = self.cover_of(index)
+            tasks = chain(range(first, cover.task_count, self.lanes), (None,))
             for task, following in pairwise(tasks):
                 assert task is not None
                 at = start if resumed and task == start.task else Position(index, task)
-                yield from self._of_task(at, self.cover.task(task), following is None)
+                yield from self._of_task(at, cover.task(task), following is None)
 
     def _of_task(self, start: Position, task: Task, last: bool) -> Iterator[Work]:
         group, step = self.groups[start.group], None

@@ -97,6 +97,10 @@ class Plan:
         """The cover of one group."""
         return self.chosen.build_cover(self.problem)
 
+    def build_last_cover(self) -> Cover | None:
+        """The cover of the last group, where it has its own."""
+        return self.chosen.build_last_cover(self.problem)
+
     @property
     def identity(self) -> str:
         """A short name of everything that decides the bits: problem, cover, chunks, groups, lanes."""
@@ -158,6 +162,8 @@ class Plan:
         places = "none: each launch finishes its rows" if self.no_states else places
         groups = _counted(len(self.groups), "group")
         together = f"{c.batches * c.heads} of {p.batch * p.heads} heads together, {groups}"
+        if c.last_tiles > 1:
+            together += f", the last in {c.last_tiles} tiles so that fewer rows leave at the end"
         return [
             f"  cover        {c.cover}: {shape}",
             f"  chunks       {c.residency.query_chunk:,} query and {c.residency.key_chunk:,} key tokens",

@@ -15,7 +15,7 @@ import h5py
 import numpy as np
 import pytest
 import simulated_cuda
-from our_threads import KEPT, ours_alive, running
+from our_threads import ours_alive, running
 from simulated_cuda import lock, simulated_gpu
 
 import cqsa_arrays as cqsa
@@ -243,6 +243,36 @@ def test_rows_that_one_launch_finishes_leave_for_the_host(gpu, keys_stay, layout
     assert (found[:, :, : max(0, -(offset or 0))] == 0).all()  # rows that see no key, two whole tiles of them
 
 
+@pytest.mark.parametrize("offset", [None, 0, -500], ids=lambda offset: f"offset {offset}")
+@pytest.mark.parametrize("cover", ["cqs", "rectangular"])
+@pytest.mark.parametrize("heads", [3, 5])
+def test_the_last_heads_rows_leave_in_two_turns(gpu, cover, offset, heads, monkeypatch) -> None:
+    """The later rows first, for the same bits as in one."""
+    arrays = qkv(1, heads, 900, 700, value_dim=8)
+    mask = None if offset is None else cqsa.causal(offset)
+    call = {"mask": mask, "device": "cuda", "memory": "64MiB", "options": Options(cover=cover)}
+    choose, candidates = (importlib.import_module(f"cqsa_arrays.planner.{name}") for name in ("choose", "candidates"))
+
+    def single_heads(problem, machine, *given):
+        if cover == "cqs":
+            yield candidates.cqs_candidate(problem, machine, (1, 1), "memory", 1)
+        else:
+            yield candidates.rectangular_candidate(problem, machine, (1, 1), problem.key_tokens, 1)
+
+    monkeypatch.setattr(choose, f"{cover}_candidates", single_heads)
+    found = []
+    for tiles in (1, 2):
+        choose.choose.cache_clear()
+        assert ("the last in 2 tiles" in str(cqsa.plan(*arrays, **call))) == (tiles == 2)
+        before = gpu.launches
+        found.append(cqsa.attention(*arrays, **call))
+        assert gpu.launches - before == heads + tiles - 1
+        monkeypatch.setattr(candidates, "_last_tiles", lambda *given: 2)
+    choose.choose.cache_clear()
+    assert np.array_equal(*found)
+    close(found[1], exact(*arrays, offset))
+
+
 def test_rows_that_are_written_do_not_keep_the_memory_of_their_state(gpu, keys_stay, tmp_path, monkeypatch) -> None:
     """Four states for eight tiles; the rows of the first four are not written before the fifth is launched."""
     arrays, kernel = qkv(1, 1, 8 * 128), importlib.import_module("cqsa_arrays.kernels.cuda.kernel").CudaKernel
@@ -351,7 +381,7 @@ def test_an_interruption_begins_no_further_part_of_the_next_step(gpu, monkeypatc
     assert gpu.used_bytes == 0
 
 
-@pytest.mark.parametrize("where", ["readers begin", "a thread begins", "rows leave", "a shipment is posted"])
+@pytest.mark.parametrize("where", ["readers begin", "a sender begins", "rows leave", "a shipment is posted"])
 def test_threads_end_before_the_memory_that_they_use_wherever_an_interruption_comes(
     gpu, where, monkeypatch, tmp_path
 ) -> None:
@@ -375,14 +405,14 @@ def test_threads_end_before_the_memory_that_they_use_wherever_an_interruption_co
         return call
 
     def close(self) -> None:
-        alive.extend(running(KEPT))
+        alive.extend(running(threads))  # others may be kept from an earlier run
         usual_close(self)
 
-    usual_close = memory.Arena.close
+    usual_close, threads = memory.Arena.close, ("cqsa-output", "cqsa-reader" if "readers" in where else "cqsa-sender")
     monkeypatch.setattr(importlib.import_module("cupy").cuda, "Event", Slow)
     monkeypatch.setattr(memory.Arena, "close", close)
     owner, name = {
-        "readers begin": (workers.Workers, "start"), "a thread begins": (workers.Workers, "submit"),
+        "readers begin": (workers.Workers, "start"), "a sender begins": (workers.Workers, "submit"),
         "rows leave": (departures.Departures, "submit"), "a shipment is posted": (crew.Crew, "send"),
     }[where]  # fmt: skip
     monkeypatch.setattr(owner, name, interrupted(getattr(owner, name)))
