@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from functools import partial
 
 import numpy as np
 import pytest
@@ -79,7 +80,7 @@ def test_several_threads_send_every_byte_once(blocks: list, share: int, threads:
         shipment = Shipment(regions, [after], [arrived], share)
         begun.append(True)
         loops = transfers()
-        pieces = [piece_of(4 * share) for _ in range(threads)]
+        pieces = [piece_of(2 * share) for _ in range(threads)]
         others = [threading.Thread(target=shipment.send, args=(loops, piece, copies.ptr)) for piece in pieces[1:]]
         for other in others:
             other.start()
@@ -95,18 +96,24 @@ def test_several_threads_send_every_byte_once(blocks: list, share: int, threads:
             assert m[0] == m[-1] == 0xEE
 
 
-@given(block=views(), share=st.integers(1, 300), seed=...)
+@given(block=views(), share=st.integers(1, 300), seed=..., waits=...)
 @settings(max_examples=60, deadline=None, derandomize=True, database=None)
-def test_rows_come_back_to_their_places_and_nothing_else_changes(block: tuple, share: int, seed: bool) -> None:
+def test_rows_come_back_to_their_places_and_nothing_else_changes(
+    block: tuple, share: int, seed: bool, waits: bool
+) -> None:
     base, view = block
     with simulated_gpu(int(seed)):
         from cqsa_arrays.engine.cuda.transfer import Region
 
-        expected, there = base.copy(), np.full(view.nbytes, 251, "u1")
+        expected, there = base.copy(), np.full(view.nbytes, 0xEE, "u1")
         places = np.flatnonzero(mark(base, view).view("u1").reshape(-1))
         expected.view("u1").reshape(-1)[places] = 251
-        stream = simulated_cuda.Stream()
-        transfers().receive(Region(view, there.ctypes.data), piece_of(4 * share), stream.ptr)
+        stream, kernels, asleep = simulated_cuda.Stream(), simulated_cuda.Stream(), simulated_cuda.Event(block=True)
+        kernels.put(lambda: there.fill(251))
+        ready, region = kernels.record() if waits else None, Region(view, there.ctypes.data)
+        if not waits:
+            kernels.synchronize()
+        transfers().receive(region, piece_of(4 * share), stream.ptr, ready, asleep)
         assert base.tobytes() == expected.tobytes()
 
 
@@ -124,9 +131,8 @@ def test_order_within_rows_that_come_back(gpu) -> None:
 
     there = np.arange(3 * 50 * 8, dtype="f4").reshape(3, 50, 8)
     out = np.zeros((50, 3, 9), "f4")
-    transfers().receive(
-        Region(out[..., :8].swapaxes(0, 1), there.ctypes.data), piece_of(64), simulated_cuda.Stream().ptr
-    )
+    region = Region(out[..., :8].swapaxes(0, 1), there.ctypes.data)
+    transfers().receive(region, piece_of(64), simulated_cuda.Stream().ptr, None, simulated_cuda.Event(block=True))
     np.testing.assert_array_equal(out[..., :8].swapaxes(0, 1), there)
     assert not out[..., 8].any()
 
@@ -139,12 +145,14 @@ def test_what_the_driver_reports_is_raised_and_no_copy_follows(gpu, way, capfd) 
 
     block, there = np.ones((1, 100, 4), "f4"), np.zeros(1600, "u1")
     piece = piece_of(64)
-    piece.shares[2:] = 10**6  # no such events
+    piece.shares[2:] = piece.halves[2:] = 10**6  # no such events
     region, stream = Region(block, there.ctypes.data), simulated_cuda.Stream()
-    send = Shipment([region], [], [], 16).send
-    call = (send, transfers()) if way == "send" else (transfers().receive, region)
+    if way == "send":
+        call = partial(Shipment([region], [], [], 32).send, transfers(), piece, stream.ptr)
+    else:
+        call = partial(transfers().receive, region, piece, stream.ptr, None, simulated_cuda.Event(block=True))
     with pytest.raises(CUDADriverError, match="719"):
-        call[0](call[1], piece, stream.ptr)
+        call()
     stream.synchronize()
     assert not there.any()
     assert (block == 1).all()
@@ -157,7 +165,7 @@ def test_a_shipment_whose_arrival_cannot_be_recorded_is_not_sent(gpu) -> None:
     from cqsa_arrays.engine.cuda.transfer import Region, Shipment
 
     there, arrived = np.zeros(1600, "u1"), simulated_cuda.Event()
-    shipment = Shipment([Region(np.ones((1, 100, 4), "f4"), there.ctypes.data)], [], [arrived], 16)
+    shipment = Shipment([Region(np.ones((1, 100, 4), "f4"), there.ctypes.data)], [], [arrived], 32)
     shipment._arrived[0] = 10**6  # no such event
     with pytest.raises(CUDADriverError, match="719"):
         shipment.send(transfers(), piece_of(64), simulated_cuda.Stream().ptr)
@@ -168,7 +176,7 @@ def test_a_shipment_that_is_stopped_begins_nothing(gpu) -> None:
     from cqsa_arrays.engine.cuda.transfer import Region, Shipment
 
     there, stream = np.zeros(1600, "u1"), simulated_cuda.Stream()
-    shipment = Shipment([Region(np.ones((1, 100, 4), "f4"), there.ctypes.data)], [], [], 16)
+    shipment = Shipment([Region(np.ones((1, 100, 4), "f4"), there.ctypes.data)], [], [], 32)
     shipment.stop()
     shipment.send(transfers(), piece_of(64), stream.ptr)
     stream.synchronize()

@@ -16,6 +16,8 @@ from .transfer import Semaphores, Shipment, Transfers
 # Shipments that may be under way; there are two at most, unless a thread was not given a processor for a while.
 _BILLS = 64
 _NAP_S = 1e-4
+# How many times a thread looks for its first shipment, which comes in a millisecond or two, before it sleeps.
+_LOOKS = 200_000
 # How many times is looked whether other threads are done, before they are waited for asleep: some milliseconds at most.
 _PATIENCE = 50_000
 
@@ -41,7 +43,7 @@ class Crew:
         self._semaphores = Semaphores(size)
         for address in self._semaphores.addresses:
             self._lent.append(piece := self._pieces.borrow())
-            given = (transfers.functions, piece.shares, self._board, int(address), stream)
+            given = (transfers.functions, piece.halves, self._board, int(address), stream, _LOOKS)
             self._members.append(workers.submit(transfers.serve, *given))
 
     def send(self, shipment: Shipment) -> None:

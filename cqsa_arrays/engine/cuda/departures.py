@@ -35,6 +35,13 @@ class Way:
     stream: Stream
     finished: Event  # asked for asleep: whoever waits for a kernel should leave its processor to those that copy
 
+    def wait(self, ready: Event | None = None) -> None:
+        """Return when ``ready`` has come and what is on the stream is done."""
+        if ready is not None:
+            self.stream.wait_event(ready)
+        self.finished.record(self.stream)
+        self.finished.synchronize()
+
 
 @dataclass(slots=True)
 class Departures:
@@ -79,17 +86,22 @@ class Departures:
             stream = Stream(non_blocking=True, priority=-1)
             return Way(pinned_piece(self.piece_bytes), stream, Event(block=True, disable_timing=True))
 
-    def write(self, way: Way, where: Where, out: Any, lse: Any | None) -> None:
-        """Copy finished rows, (1, heads, rows, Dv) without gaps in some order of axes, to where they belong."""
+    def write(self, way: Way, where: Where, out: Any, lse: Any | None, ready: Event | None = None) -> None:
+        """Copy finished rows, (1, heads, rows, Dv) without gaps in some order of axes, to where they belong.
+
+        They are finished when the event ``ready`` comes; without one they are.
+        """
         batch, heads, tokens = where
         tokens_outside = out.strides[1] < out.strides[2]
         if self.transfers is not None:
             assert isinstance(self.sink, ArraySink)
             to = self.sink.out[batch.start, heads.slice, tokens.slice]
             region = Region(to.swapaxes(0, 1) if tokens_outside else to, out.data.ptr)
-            self.transfers.receive(region, way.piece, way.stream.ptr)
+            self.transfers.receive(region, way.piece, way.stream.ptr, ready, way.finished)
             return
         with self.device:
+            if ready is not None:
+                way.wait(ready)
             rows = self._copied(way, 0, out.swapaxes(1, 2) if tokens_outside else out)
             sums = None if lse is None else self._copied(way, -(-out.nbytes // 8) * 8, lse)
             way.stream.synchronize()

@@ -10,7 +10,7 @@ import cupy
 
 from ...workers import Batch, Workers
 from .crew import Crew
-from .memory import SHARES, PinnedPieces
+from .memory import PinnedPieces
 from .transfer import Region, Shipment
 
 T = TypeVar("T")
@@ -90,7 +90,7 @@ class Link:
         regions = [region for _, _, some in asked for region in some]
         after = list({id(event): event for _, events, _ in asked for event in events}.values())
         arrived = [slot.arrived for slot, _, _ in asked]
-        shipment = Shipment(regions, after, arrived, self.pieces.size_bytes // SHARES)
+        shipment = Shipment(regions, after, arrived, self.pieces.size_bytes // 2)
         self.crew.send(shipment)
         for slot, _, _ in asked:
             slot.coming = Sending(shipment, self.crew)

@@ -61,14 +61,15 @@ def pinned(size_bytes: int) -> np.ndarray:
     return np.frombuffer(pointer, np.uint8, size_bytes)
 
 
-# A piece is filled and copied in so many turns: while some are on their way, others are filled.
+# A piece is emptied in so many turns: while some are on their way, others are emptied. It is filled in two, for each is
+# three calls of the driver, which has one lock for all threads.
 SHARES = 4
 
 
 class Piece:
     """Page-locked bytes in ``SHARES`` shares; an event of each in ``done`` is recorded after the copy that uses it.
 
-    ``shares`` is what ``native`` takes for it.
+    ``shares`` is what ``native`` takes for it, ``halves`` where it has two.
     """
 
     def __init__(self, memory: np.ndarray) -> None:
@@ -76,6 +77,7 @@ class Piece:
         self.done = tuple(cupy.cuda.Event(disable_timing=True) for _ in range(SHARES))
         share, events = memory.size // SHARES, (event.ptr for event in self.done)
         self.shares = np.array([memory.ctypes.data, share, *events], np.int64)
+        self.halves = np.array([memory.ctypes.data, memory.size // 2, *self.shares[2::2][:2]], np.int64)
 
     def wait(self) -> None:
         """Return when nothing uses it any more."""

@@ -28,8 +28,8 @@ DRIVER_FUNCTIONS = (
     "cuCtxSetCurrent", "cuMemcpyHtoDAsync_v2", "cuMemcpyDtoHAsync_v2", "cuEventRecord", "cuEventSynchronize",
     "cuStreamWaitEvent",
 )  # fmt: skip
-SYSTEM_FUNCTIONS = ("sem_wait", "sem_post")
-_CONTEXT, _SET_CONTEXT, _TO_DEVICE, _TO_HOST, _RECORD, _SYNCHRONIZE, _WAIT, _SLEEP, _WAKE = range(9)
+SYSTEM_FUNCTIONS = ("sem_wait", "sem_trywait", "sem_post")
+_CONTEXT, _SET_CONTEXT, _TO_DEVICE, _TO_HOST, _RECORD, _SYNCHRONIZE, _WAIT, _SLEEP, _LOOK, _WAKE = range(10)
 _ADDRESS, _INNER, _OUTER_STRIDE, _INNER_STRIDE, _ROW_BYTES, _BYTES, _DEVICE, _BEFORE = range(8)
 _REGION_BYTES = 8 * 8
 _REGIONS, _AFTER, _ARRIVED, _SHARES, _BEGUN, _DONE, _FAILED, _PASSED = 0, 2, 4, 6, 7, 8, 9, 10
@@ -37,9 +37,9 @@ _REGIONS, _AFTER, _ARRIVED, _SHARES, _BEGUN, _DONE, _FAILED, _PASSED = 0, 2, 4, 
 _NO_MORE = 1 << 62
 _VECTOR = nb.int64[::1]
 SEND = nb.int64(_VECTOR, _VECTOR, nb.int64, nb.int64, nb.int64)
-SERVE = nb.void(_VECTOR, _VECTOR, _VECTOR, nb.int64, nb.int64)
+SERVE = nb.void(_VECTOR, _VECTOR, _VECTOR, nb.int64, nb.int64, nb.int64)
 POST = nb.void(_VECTOR, _VECTOR, _VECTOR, nb.int64)
-RECEIVE = nb.int64(_VECTOR, _VECTOR, _VECTOR, nb.int64)
+RECEIVE = nb.int64(_VECTOR, _VECTOR, _VECTOR, nb.int64, nb.int64, nb.int64)
 _I64, _POINTER = ir.IntType(64), ir.IntType(8).as_pointer()
 
 
@@ -173,12 +173,18 @@ def send(functions, pinned, bill, stream, patience):
 
 
 @nb.njit(nogil=True, cache=True)
-def serve(functions, pinned, board, semaphore, stream):
-    """Send what is posted on ``board``, beside other threads, each woken by a semaphore of its own; until the end."""
+def serve(functions, pinned, board, semaphore, stream, patience):
+    """Send what is posted on ``board``, beside other threads, each woken by a semaphore of its own; until the end.
+
+    A thread looks for its first shipment as many times as it has ``patience``, before it sleeps.
+    """
     taken = 0
     while True:
-        while _call(functions[_SLEEP], (semaphore,)) != 0:
+        while patience > 0 and _call(functions[_LOOK], (semaphore,)) != 0:
+            patience -= 1
+        while patience <= 0 and _call(functions[_SLEEP], (semaphore,)) != 0:
             pass  # a signal has come
+        patience = 0
         bill = _at(board.ctypes.data + 8 * (1 + taken % (len(board) - 1)))
         if bill == 0:
             break
@@ -198,9 +204,16 @@ def post(functions, board, semaphores, bill):
 
 
 @nb.njit(nogil=True, cache=True)
-def receive(functions, pinned, region, stream):
-    """Fill ``region`` from the device, behind what is on ``stream``; 0 or the driver's error."""
+def receive(functions, pinned, region, stream, ready, asleep):
+    """Fill ``region`` from the device, behind the event ``ready``, if not 0; 0 or the driver's error.
+
+    That is waited for by the event ``asleep``, by which a thread sleeps.
+    """
     status = _call(functions[_SET_CONTEXT], (functions[_CONTEXT],))
+    if ready != 0:
+        status = status or _call(functions[_WAIT], (stream, ready, 0))
+        status = status or _call(functions[_RECORD], (asleep, stream))
+        status = status or _call(functions[_SYNCHRONIZE], (asleep,))
     share, places = pinned[1], len(pinned) - 2
     turns = (region[_BYTES] + share - 1) // share
     for turn in range(turns + places - 1):

@@ -132,12 +132,12 @@ def allocate_on_device(
     stack.callback(device.synchronize)
     link = _link(inputs, device, pieces, transfers, stack)
     arena.allocate(plan.memory_bytes)  # takes the driver as long as threads to begin
+    lanes = _lanes(plan)
     operands = _operands(inputs, plan, link, arena)
     if first is not None:
         _preload(operands, link, first)
     kernel = CudaKernel(problem.q.dtype, head_dim=problem.head_dim, value_dim=problem.value_dim, scale=problem.scale)
     stack.enter_context(closing(kernel))
-    lanes = _lanes(plan)
     writers = stack.enter_context(kept_workers(OUTPUT_SLOTS, "output"))
     outgoing = stack.enter_context(closing(_outgoing(plan, results, kernel, arena, transfers, writers)))
     kept = None if saved is None else Saved(saved, pieces)

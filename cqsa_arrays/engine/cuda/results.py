@@ -94,8 +94,7 @@ class DeviceOutput:
                 with self._departures.device, way.stream:
                     way.stream.wait_event(ready)
                     out, lse = self._finish(state, place)
-                    way.finished.record(way.stream)
-                    way.finished.synchronize()
+                    way.wait()
             self._departures.write(way, where, out, lse)
 
     @contextmanager
@@ -184,11 +183,7 @@ class DeviceTiles:
 
     def _send(self, ready: Event, where: Where, piece: Any, left: Countdown) -> None:
         with left, self._departures.way() as way:
-            with self._departures.device:
-                way.stream.wait_event(ready)
-                way.finished.record(way.stream)
-                way.finished.synchronize()
-            self._departures.write(way, where, piece, None)
+            self._departures.write(way, where, piece, None, ready)
 
     def drain(self) -> None:
         self._departures.drain()

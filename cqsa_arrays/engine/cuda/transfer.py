@@ -86,8 +86,8 @@ class Shipment:
 
         Then it looks ``patience`` times, some nanoseconds each, whether the others are done.
         """
-        assert piece.shares[1] == self._share_bytes
-        _check(transfers.send(transfers.functions, piece.shares, self.bill, stream, patience))
+        assert piece.halves[1] == self._share_bytes
+        _check(transfers.send(transfers.functions, piece.halves, self.bill, stream, patience))
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,10 +100,15 @@ class Transfers:
     post: Any
     receive_region: Any
 
-    def receive(self, region: Region, piece: Piece, stream: int) -> None:
-        """Copy from the device what ``region`` is to hold, behind the work on ``stream``. Raises CUDADriverError."""
+    def receive(self, region: Region, piece: Piece, stream: int, ready: Event | None, asleep: Event) -> None:
+        """Copy from the device what ``region`` is to hold, behind ``ready`` and what is on ``stream``.
+
+        ``ready`` is waited for by means of ``asleep``, an event of the kind by which threads sleep. Raises
+        CUDADriverError.
+        """
         numbers = np.array(region.numbers(), np.int64)
-        _check(self.receive_region(self.functions, piece.shares, numbers, stream))
+        after = 0 if ready is None else ready.ptr
+        _check(self.receive_region(self.functions, piece.shares, numbers, stream, after, asleep.ptr))
 
 
 def open_transfers() -> Transfers:
