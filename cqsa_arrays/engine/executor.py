@@ -56,8 +56,7 @@ def run(
     Where the tasks of a group are shared by several lanes, its states are left in the file of ``checkpoint`` instead.
     """
     start, before = time.perf_counter(), _bytes_read(inputs)
-    covers = plan.build_cover(), plan.build_last_cover()
-    order = Schedule(plan.groups, covers[0], plan.part_rows, plan.lanes, lane, covers[1])
+    order = Schedule(plan.groups, plan.build_cover(), plan.part_rows, plan.lanes, lane, plan.build_edge_covers())
     with ExitStack() as stack:
         in_place = plan.states_in_result and results.home is not None
         first = next(order.works(checkpoint.start), None)

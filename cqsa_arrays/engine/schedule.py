@@ -52,8 +52,8 @@ class Schedule:
     """The work of one of ``lanes`` lanes, which share the tasks of every group evenly; each keeps the plan's order.
 
     A step is handed out in parts of at most ``part_rows`` query rows (None: whole): between two of them a run can stop
-    and save its states, and no part changes what another computes. ``last_cover`` is that of the last group, where it
-    has its own.
+    and save its states, and no part changes what another computes. ``edges`` are the covers of the first and of the
+    last group, where those have their own.
     """
 
     groups: tuple[Group, ...]
@@ -61,13 +61,13 @@ class Schedule:
     part_rows: int | None = None
     lanes: int = 1
     lane: int = 0
-    last_cover: Cover | None = None
+    edges: tuple[Cover, Cover] | None = None
 
     def cover_of(self, group: int) -> Cover:
         """The cover of the group with that index."""
-        if self.last_cover is not None and group == len(self.groups) - 1:
-            return self.last_cover
-        return self.cover
+        if self.edges is None or 0 < group < len(self.groups) - 1:
+            return self.cover
+        return self.edges[group > 0]
 
     @property
     def end(self) -> Position:

@@ -10,6 +10,7 @@ from itertools import islice, product
 from ..cover import Cover, CqsCover, RectangularCover, perfect_sizes, set_size
 from ..ranges import Cut
 from .cost import Rates, Traffic, Work, estimate_device_s, estimate_s, traffic
+from .edges import edge_tiles
 from .memory import (
     DEVICE_TILE_TOKENS,
     DISK,
@@ -42,9 +43,6 @@ MOST_BLOCKS_AT_ONCE = 64
 # that are under way are done; shorter ones than so many rows would leave threads idle, or multiprocessors of a GPU.
 HOST_PART_S, DEVICE_PART_S = 2.0, 0.5
 HOST_PART_ROWS = 3072
-# Where a GPU computes a group of heads in one launch, the last group is cut into so many tiles: rows of one leave while
-# the next is computed.
-LAST_TILES = 2
 # Longest key block of the rectangular cover.
 KEY_BLOCK_TOKENS = 1 << 20
 
@@ -77,7 +75,8 @@ class Candidate:
     "host" (of a GPU) or "disk".
     ``terms`` count against the budget of the computing device, ``host_terms`` against that of a GPU's host. A step is
     run in parts of ``part_rows`` query rows, each of which should take ``part_s`` seconds at most. ``keys_stay``: all
-    key blocks of a group are resident together. The last group is run in ``last_tiles`` query tiles, if not in one.
+    key blocks of a group are resident together. The first and the last
+    group are cut into ``edge_tiles`` query tiles, if not one; see ``edges``.
     """
 
     cover: str
@@ -96,7 +95,7 @@ class Candidate:
     part_rows: int = 1 << 62
     part_s: float = 0.0
     keys_stay: bool = False
-    last_tiles: int = 1
+    edge_tiles: int = 1
 
     @property
     def memory_bytes(self) -> int:
@@ -118,14 +117,6 @@ class Candidate:
         if self.cover == "cqs":
             return CqsCover(queries, keys, problem.mask)
         return RectangularCover(queries, keys, problem.mask, self.keys_stay)
-
-    def build_last_cover(self, problem: Problem) -> Cover | None:
-        """The cover of the last group, where it has its own: later rows first, of a causal mask the longest work."""
-        if self.last_tiles == 1:
-            return None
-        queries = Cut(problem.query_tokens, self.last_tiles, self.tile_tokens)
-        keys = Cut(problem.key_tokens, self.key_parts, self.tile_tokens)
-        return RectangularCover(queries, keys, problem.mask, at_once=True, descending=True)
 
 
 def head_groups(problem: Problem) -> list[tuple[int, int]]:
@@ -260,22 +251,13 @@ def _priced(
             cover, *parts, *group, states, residency, device_terms(problem, residency), moved, scratch,
             estimate_device_s(problem, residency, work, moved, machine.rates, machine.cache_bytes, states),
             machine.tile_tokens, host_terms(problem, residency, states), part_rows, part_s,
-            work.keys_stay, _last_tiles(problem, machine, residency, parts),
+            work.keys_stay, edge_tiles(problem, residency, parts, machine.rates),
         )  # fmt: skip
     return Candidate(
         cover, *parts, *group, states, residency, memory_terms(problem, residency), moved, scratch,
         estimate_s(problem, residency, work, moved, machine.rates, machine.cache_bytes), machine.tile_tokens,
         part_rows=part_rows, part_s=part_s, keys_stay=work.keys_stay,
     )  # fmt: skip
-
-
-def _last_tiles(problem: Problem, machine: Machine, residency: Residency, parts: tuple[int, int]) -> int:
-    """Of the last group: more than one if each takes the GPU longer than Python."""
-    groups, per_pair = problem.batch * problem.heads / residency.heads, 2 * (problem.head_dim + problem.value_dim)
-    group_s = problem.pairs / groups * machine.rates.device_s(problem.q.dtype, per_pair)
-    leaves = residency.state_row_bytes == 0 and not problem.result.on_device
-    several = leaves and parts == (1, 1) and groups > 2 and group_s > machine.rates.tile_s
-    return LAST_TILES if several else 1
 
 
 def _parts(problem: Problem, machine: Machine, residency: Residency, keys: int) -> tuple[int, float]:

@@ -13,6 +13,7 @@ from ..ranges import Range
 from ..units import format_bytes, format_seconds
 from .candidates import Candidate
 from .durability import Durability
+from .edges import edge_covers
 from .memory import DISK, HOST, MEMORY, MemoryTerm, total_bytes
 from .problem import Problem
 
@@ -97,15 +98,17 @@ class Plan:
         """The cover of one group."""
         return self.chosen.build_cover(self.problem)
 
-    def build_last_cover(self) -> Cover | None:
-        """The cover of the last group, where it has its own."""
-        return self.chosen.build_last_cover(self.problem)
+    def build_edge_covers(self) -> tuple[Cover, Cover] | None:
+        """The covers of the first and of the last group, where they have their own."""
+        return edge_covers(self.problem, self.chosen.edge_tiles, self.chosen.tile_tokens)
 
     @property
     def identity(self) -> str:
         """A short name of everything that decides the bits: problem, cover, chunks, groups, lanes."""
         c = self.chosen
-        parts = (c.cover, c.query_parts, c.key_parts, c.batches, c.heads, c.tile_tokens, self.lanes, c.keys_stay)
+        parts = [c.cover, c.query_parts, c.key_parts, c.batches, c.heads, c.tile_tokens, self.lanes, c.keys_stay]
+        if c.edge_tiles > 1:  # not in jobs that are stored, whose names stay
+            parts.append(c.edge_tiles)
         text = json.dumps([self.problem.to_dict(), self.device, parts], sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
@@ -162,8 +165,8 @@ class Plan:
         places = "none: each launch finishes its rows" if self.no_states else places
         groups = _counted(len(self.groups), "group")
         together = f"{c.batches * c.heads} of {p.batch * p.heads} heads together, {groups}"
-        if c.last_tiles > 1:
-            together += f", the last in {c.last_tiles} tiles so that fewer rows leave at the end"
+        if c.edge_tiles > 1:
+            together += f", the first and the last in {c.edge_tiles} tiles"
         return [
             f"  cover        {c.cover}: {shape}",
             f"  chunks       {c.residency.query_chunk:,} query and {c.residency.key_chunk:,} key tokens",

@@ -112,18 +112,25 @@ class Transfers:
 
 
 def open_transfers() -> Transfers:
-    """Those of the current device; the loops are compiled once, and loaded once by a process."""
-    # Imported here: they import Numba, which runs that copy no array of the host do without.
+    """Those of the current device."""
+    # Imported here: it imports Numba, which runs that copy no array of the host do without.
+    from . import native
+
+    functions = [*_driver(native.DRIVER_FUNCTIONS), *_addresses(None, native.SYSTEM_FUNCTIONS)]
+    return Transfers(np.array(functions, np.int64), *_loops())
+
+
+@lru_cache
+def _loops() -> tuple[Any, ...]:
+    """The loops of ``native``, compiled once, and loaded once by a process."""
     from ...compiled import entry_point
     from . import native
 
-    what = "copies between host and GPU"
-    loops: tuple[tuple[Any, Any], ...] = (
+    loops = (
         (native.send, native.SEND), (native.serve, native.SERVE), (native.post, native.POST),
         (native.receive, native.RECEIVE),
     )  # fmt: skip
-    functions = [*_driver(native.DRIVER_FUNCTIONS), *_addresses(None, native.SYSTEM_FUNCTIONS)]
-    return Transfers(np.array(functions, np.int64), *(entry_point(loop, signature, what) for loop, signature in loops))
+    return tuple(entry_point(loop, signature, "copies between host and GPU") for loop, signature in loops)
 
 
 def _driver(names: tuple[str, ...]) -> list[int]:
