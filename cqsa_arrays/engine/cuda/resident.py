@@ -110,7 +110,8 @@ class DeviceResident:
         self.states.save()
 
     def drain(self) -> None:
-        """Wait for everything."""
+        """Wait for everything; meanwhile what brings blocks ends, for nothing is asked for any more."""
+        self.link.close()
         self.kernel.drain()
         self.results.drain()
         self.lanes.synchronize()
