@@ -217,7 +217,8 @@ def flat_rows(longest: int, dim: int, dtype: str) -> Iterator[dict[str, object]]
         for name, rest_s in (("alone", REST_S), ("in a row", 0.0)):
             job, plan, _ = host_job(part, "1GiB", "auto", 7 if tokens < longest else 3, rest_s)
             share = job["s"] / tokens**2
-            row |= {f"{name} s": round(job["s"], 4), f"{name}: s / N^2": round(share / first.setdefault(name, share), 3)}
+            flat = share / first.setdefault(name, share)
+            row |= {f"{name} s": round(job["s"], 4), f"{name}: s / N^2": round(flat, 3)}
         yield {**row, "cover": plan.cover_name, "asked": "0.95 to 1.05"}
 
 

@@ -18,8 +18,8 @@ _BILLS = 64
 _NAP_S = 1e-4
 # How many times a thread looks for its first shipment, which comes in a millisecond or two, before it sleeps.
 _LOOKS = 200_000
-# How many times is looked whether other threads are done, before they are waited for asleep: some milliseconds at most.
-_PATIENCE = 50_000
+# How many times is looked whether other threads are done, before they are waited for asleep: a millisecond or two.
+_PATIENCE = 1_000_000
 
 
 class Crew:

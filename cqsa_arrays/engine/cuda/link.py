@@ -106,14 +106,10 @@ class Link:
         slot.coming = batch = self.readers.start(parts, bring, arrived)
         self.under_way = [other for other in self.under_way if not other.over] + [batch]
 
-    def end(self) -> None:
-        """Nothing is asked for any more."""
-        if self.crew is not None:
-            self.crew.end()
-
     def close(self) -> None:
         """Begin no further part of what is under way; what is begun is waited for."""
-        self.end()
+        if self.crew is not None:
+            self.crew.end()
         for batch in self.under_way:
             batch.waiting.clear()
         try:

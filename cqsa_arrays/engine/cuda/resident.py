@@ -74,14 +74,15 @@ class DeviceResident:
         state = self.states.load(step.queries, part, lane)
         finish = self.results.whole(self.group, step.queries, part) if state.statistics is None else None
         rows = slice(part.start - step.queries.start, part.stop - step.queries.start)
-        for pages in self.operands:
-            pages.await_loaded(lane)
-        if upcoming is None:
-            self.link.end()
+
+        def loaded() -> None:
+            for pages in self.operands:
+                pages.await_loaded(lane)
+
         with lane:
             used = self.kernel.accumulate(
                 queries[:, :, rows], part.start, blocks, state.statistics, diagonal=self.problem.mask.diagonal,
-                scale=self.problem.scale, done=done, fresh=state.fresh, finish=finish,
+                scale=self.problem.scale, done=done, fresh=state.fresh, finish=finish, loaded=loaded,
             )  # fmt: skip
         self.states.store(step.queries, part, used)
         for pages in self.operands:

@@ -99,25 +99,29 @@ class CudaKernel:
         done: Callable[[Range], None],
         fresh: bool = False,
         finish: Finish | None = None,
+        loaded: Callable[[], None] = lambda: None,
     ) -> cupy.cuda.Event:
         """See ``Kernel.accumulate``; returns when the work is on the stream, a few launches ahead of the device.
 
         The event that it returns comes when that work is done.
 
         ``fresh``: the state holds nothing yet. ``finish``: these are all keys of the rows, which are written there;
-        where there is no state, they are accumulated in one span.
+        where there is no state, they are accumulated in one span. ``loaded`` is called before the launch, and returns
+        when the stream waits for the blocks.
         """
         pieces = [piece for block in blocks for piece in _pieces(block)]
         spans = _ALL_KEYS if state is None else self.variant.span_keys
-        for first in range(0, len(pieces), MAX_PIECES):
-            last = first + MAX_PIECES >= len(pieces)
-            self._launch(
-                pack_call(
-                    queries, query_start, pieces[first : first + MAX_PIECES], state, finish if last else None,
-                    mask=RowMask(-UNBOUNDED_DIAGONAL, diagonal), scale=scale, span_keys=spans,
-                    fresh=fresh and first == 0,
-                )
-            )  # fmt: skip
+        calls = [
+            pack_call(
+                queries, query_start, pieces[first : first + MAX_PIECES], state,
+                finish if first + MAX_PIECES >= len(pieces) else None,
+                mask=RowMask(-UNBOUNDED_DIAGONAL, diagonal), scale=scale, span_keys=spans, fresh=fresh and first == 0,
+            )
+            for first in range(0, len(pieces), MAX_PIECES)
+        ]  # fmt: skip
+        loaded()
+        for call in calls:
+            self._launch(call)
         rows = Range(query_start, query_start + queries.shape[2])
         finished = cupy.cuda.Event(disable_timing=True)
         finished.record()
