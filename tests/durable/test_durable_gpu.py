@@ -191,15 +191,15 @@ def test_less_memory_than_planned_is_a_new_plan_at_the_begin_only(gpu, here, mon
     common = {**{name: f"qkv.h5:/{name}" for name in "qkv"}, "causal": True, "device": "cuda", "out": "out.h5"}
     from cqsa_arrays.engine.cuda import resident
 
-    usual, refusals = resident.Arena, []
+    usual, refusals = resident.Arena.allocate, []
 
-    def small(size_bytes):
+    def small(self, size_bytes):
         if not refusals or size_bytes > refusals[0]:
             refusals.append(size_bytes // 2 if not refusals else refusals[0])
             raise DeviceMemoryError("less than planned", refusals[0])
-        return usual(size_bytes)
+        usual(self, size_bytes)
 
-    monkeypatch.setattr(resident, "Arena", small)
+    monkeypatch.setattr(resident.Arena, "allocate", small)
     run(common, durable(Options()))
     assert refusals
     assert cqsa.verify("out.h5", rows=32).passed

@@ -154,15 +154,15 @@ def test_a_device_that_has_less_than_planned_leads_to_a_smaller_plan(monkeypatch
 
     arrays, taken = qkv(1, 4, 6000, 64, dtype="f2"), []
     planned = cqsa.plan(*arrays, device="cuda").memory_bytes
-    arena = resident.Arena
+    allocate = resident.Arena.allocate
 
-    def once_full(size_bytes):
+    def once_full(self, size_bytes):
         taken.append(size_bytes)
         if len(taken) == 1:
             raise DeviceMemoryError("memory: somebody was quicker.", planned // 2)
-        return arena(size_bytes)
+        allocate(self, size_bytes)
 
-    monkeypatch.setattr(resident, "Arena", once_full)
+    monkeypatch.setattr(resident.Arena, "allocate", once_full)
     with caplog.at_level(logging.INFO, "cqsa_arrays"):
         out = cqsa.attention(*arrays, device="cuda")
     assert_close(out, exact(*arrays)[0])
@@ -175,10 +175,10 @@ def test_a_device_that_has_less_than_planned_leads_to_a_smaller_plan(monkeypatch
 def test_a_device_that_has_too_little_for_any_plan_says_so(monkeypatch):
     from cqsa_arrays.engine.cuda import resident
 
-    def full(size_bytes):
+    def full(self, size_bytes):
         raise DeviceMemoryError("memory: somebody was quicker.", 1000)
 
-    monkeypatch.setattr(resident, "Arena", full)
+    monkeypatch.setattr(resident.Arena, "allocate", full)
     with pytest.raises(cqsa.BudgetError, match="what cuda:0 had left"):
         cqsa.attention(*qkv(1, 2, 3000, 64, dtype="f2"), device="cuda")
 
