@@ -109,10 +109,13 @@ def test_rows_come_back_to_their_places_and_nothing_else_changes(
         places = np.flatnonzero(mark(base, view).view("u1").reshape(-1))
         expected.view("u1").reshape(-1)[places] = 251
         stream, kernels, asleep = simulated_cuda.Stream(), simulated_cuda.Stream(), simulated_cuda.Event(block=True)
-        kernels.put(lambda: there.fill(251))
-        ready, region = kernels.record() if waits else None, Region(view, there.ctypes.data)
+        kernels.rank, begun = -1, []  # late, unless they are waited for
+        kernels.put(lambda: there.fill(251), lambda: bool(begun))
+        ready, region = kernels.record(), Region(view, there.ctypes.data)
+        begun.append(True)
         if not waits:
-            kernels.synchronize()
+            ready.synchronize()
+            ready = None
         transfers().receive(region, piece_of(4 * share), stream.ptr, ready, asleep)
         assert base.tobytes() == expected.tobytes()
 
