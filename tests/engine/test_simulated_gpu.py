@@ -260,7 +260,14 @@ def test_the_first_and_the_last_heads_are_computed_in_two_launches(gpu, cover, o
             yield candidates.rectangular_candidate(problem, machine, (1, 1), problem.key_tokens, 1)
 
     monkeypatch.setattr(choose, f"{cover}_candidates", single_heads)
-    found = []
+    kernel, starts, found = importlib.import_module("cqsa_arrays.kernels.cuda.kernel").CudaKernel, [], []
+    accumulate = kernel.accumulate
+
+    def noted(self, queries, query_start, *given, **named):
+        starts.append(query_start)
+        return accumulate(self, queries, query_start, *given, **named)
+
+    monkeypatch.setattr(kernel, "accumulate", noted)
     for tiles in (1, 2):
         choose.choose.cache_clear()
         assert ("the first and the last in 2 tiles" in str(cqsa.plan(*arrays, **call))) == (tiles == 2)
@@ -269,6 +276,7 @@ def test_the_first_and_the_last_heads_are_computed_in_two_launches(gpu, cover, o
         assert gpu.launches - before == heads + 2 * (tiles - 1)
         monkeypatch.setattr(candidates, "edge_tiles", lambda *given: 2)
     choose.choose.cache_clear()
+    assert starts == [0] * heads + [0, 512] + [0] * (heads - 2) + [512, 0]
     assert np.array_equal(found[0][:, 1:], found[1][:, 1:])  # keys of the first are two blocks
     close(found[1], exact(*arrays, offset))
 
