@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 
 import h5py
@@ -13,6 +14,7 @@ from cqsa_arrays import Options
 from cqsa_arrays.durable import Stop
 from cqsa_arrays.job import Request, prepared
 from cqsa_arrays.partial import verify_partial
+from cqsa_arrays.planner.candidates import rectangular_candidate
 from cqsa_arrays.resumable import attend, resumed
 
 pytestmark = pytest.mark.usefixtures("gpu", "no_thread_is_left")
@@ -65,15 +67,28 @@ def test_stopped_at_any_place(folder, kind, dtype) -> None:
     assert data() == expected
 
 
-def test_a_job_of_files_goes_on_on_the_cpu(folder) -> None:
+@pytest.fixture(params=["chunks", "keys that stay"])
+def moving(request, monkeypatch):
+    """Options of a job that is begun on a GPU."""
+    if request.param == "chunks":
+        return Options(cover="cqs", chunks=7, durable=True, checkpoint_s=0.0)
+    choose = importlib.import_module("cqsa_arrays.planner.choose")
+
+    def only(problem, machine, budget_bytes):
+        yield rectangular_candidate(problem, machine, (1, 1), 1600, 4, keys_stay=True)
+
+    monkeypatch.setattr(choose, "rectangular_candidates", only)
+    return Options(cover="rectangular", durable=True, checkpoint_s=0.0)
+
+
+def test_a_job_of_files_goes_on_on_the_cpu(folder, moving) -> None:
     arrays = qkv(1, 2, 6000, 64, dtype="f2")
     with h5py.File("qkv.h5", "w") as file:
         for name, array in zip("qkv", arrays, strict=True):
             file[name] = array
-    options = Options(cover="cqs", chunks=7, durable=True, checkpoint_s=0.0)
     files = {name: f"qkv.h5:/{name}" for name in "qkv"}
     with pytest.raises(cqsa.JobStopped):
-        run({**files, "device": "cuda", "out": "out.h5", "options": options}, StopAt(20))
+        run({**files, "device": "cuda", "out": "out.h5", "options": moving}, StopAt(4))
     assert verify_partial("out.h5", rows=64).passed
     with prepared(resumed("out.h5", device="cpu", memory=None, options=Options())) as job:
         attend(job)

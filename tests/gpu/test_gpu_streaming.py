@@ -157,6 +157,21 @@ def test_bits_depend_neither_on_the_run_nor_on_reader_threads(cover, dtype, monk
     assert all(np.array_equal(runs[0], run) for run in runs[1:])
 
 
+def test_long_heads_begin_and_end_in_two_tiles(gpu):
+    """Three heads, each a launch; with all on the device it is one launch for all of them."""
+    import cupy
+
+    arrays = qkv(1, 3, 1 << 17, 64, dtype="f2")
+    call = {"causal": True, "device": "cuda", "memory": "1GiB"}
+    assert cqsa.plan(*arrays, **call).chosen.edge_tiles == 2
+    there = cqsa.attention(*map(cupy.asarray, arrays), causal=True).get()
+    for _ in range(5):
+        out = np.full_like(arrays[0], np.nan)
+        cqsa.attention(*arrays, out=out, **call)
+        assert np.array_equal(out[:, 1:], there[:, 1:])
+        assert_close(out[:, :1], there[:, :1])  # its keys are two blocks
+
+
 # ---- errors
 
 
