@@ -75,8 +75,8 @@ class Candidate:
     "host" (of a GPU) or "disk".
     ``terms`` count against the budget of the computing device, ``host_terms`` against that of a GPU's host. A step is
     run in parts of ``part_rows`` query rows, each of which should take ``part_s`` seconds at most. ``keys_stay``: all
-    key blocks of a group are resident together. The first and the last
-    group are cut into ``edge_tiles`` query tiles, if not one; see ``edges``.
+    key blocks of a group are resident together. The first and the last group are cut into ``edge_tiles`` query tiles;
+    see ``edges``.
     """
 
     cover: str

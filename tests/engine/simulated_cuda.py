@@ -189,7 +189,8 @@ def stream_wait(stream: int, event: int, flags: int) -> None:
 
 
 def driver() -> list[int]:
-    """In the order of ``native.DRIVER_FUNCTIONS``."""
+    """In the order of ``native.DRIVER_FUNCTIONS``, for a thread that uses the device."""
+    assert getattr(simulator().current, "context", False), "no context is current"
     functions = (set_context, to_device, to_host, event_record, event_synchronize, stream_wait)
     return [CONTEXT, *(ctypes.cast(each, ctypes.c_void_p).value for each in functions)]
 

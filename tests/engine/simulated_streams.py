@@ -156,6 +156,9 @@ class Device:
     def __exit__(self, *error: object) -> None:
         simulator().current.devices -= 1
 
+    def use(self) -> None:
+        simulator().current.context = True
+
     def synchronize(self) -> None:
         simulator().run_until(lambda: not any(stream._work for stream in simulator().streams))
 

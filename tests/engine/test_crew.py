@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import importlib
 import time
+from concurrent.futures import Future
 from contextlib import ExitStack, closing, contextmanager
 
 import numpy as np
@@ -33,9 +35,11 @@ def crew_of(size: int, monkeypatch):
     monkeypatch.setattr(memory, "PINNED_PIECE_BYTES", 2 * SHARE)
     with ExitStack() as stack:
         workers = stack.enter_context(closing(Workers(size, "crew")))
-        made = crew.Crew(transfer.open_transfers(), memory.PinnedPieces(size + 1), stream := simulated_cuda.Stream())
+        simulated_cuda.Device().use()
+        pieces, stream = memory.PinnedPieces(size + 1), simulated_cuda.Stream()
+        made = crew.Crew(transfer.open_transfers(), pieces, stream, size)
         stack.enter_context(closing(made))
-        made.begin(workers, size)
+        made.begin(workers)
         yield made, stream
 
 
@@ -106,6 +110,35 @@ def test_what_the_driver_reports_to_one_thread_is_raised_by_who_waits(gpu, monke
     assert capfd.readouterr().err.count("KeyError") >= 1
 
 
+def test_a_thread_that_ended_before_its_time_is_not_waited_for(gpu, monkeypatch) -> None:
+    monkeypatch.setattr(importlib.import_module("cqsa_arrays.engine.cuda.crew"), "_BILLS", 2)
+    blocks = np.ones((4, 1, 50, 4))
+    with crew_of(1, monkeypatch) as (crew, _):
+        failed = Future()
+        failed.set_exception(TypeError("of another type"))
+        crew._members.append(failed)
+        for block in blocks[:2]:
+            crew.send(shipment_of(block, np.zeros_like(block))[0])
+        with pytest.raises(TypeError, match="of another type"):
+            crew.send(shipment_of(blocks[2], np.zeros_like(block))[0])
+
+
+def test_threads_end_where_whoever_holds_them_is_dropped(gpu, monkeypatch) -> None:
+    """As by an interruption between two steps of an ``ExitStack``, which then takes none of those that are left."""
+    crew, memory, transfer = (
+        importlib.import_module(f"cqsa_arrays.engine.cuda.{name}") for name in ("crew", "memory", "transfer")
+    )
+    monkeypatch.setattr(memory, "PINNED_PIECE_BYTES", 2 * SHARE)
+    simulated_cuda.Device().use()
+    made = crew.Crew(transfer.open_transfers(), memory.PinnedPieces(3), simulated_cuda.Stream(), 2)
+    held = crew.at_work(made)
+    held.__enter__()
+    assert len(running(("cqsa-sender",))) == 2
+    del held
+    gc.collect()
+    assert running(("cqsa-sender",)) == []
+
+
 def test_the_end_stops_what_is_under_way(gpu, monkeypatch) -> None:
     class Slow(simulated_cuda.Event):
         def synchronize(self) -> None:
@@ -119,5 +152,7 @@ def test_the_end_stops_what_is_under_way(gpu, monkeypatch) -> None:
         start = time.perf_counter()
         crew.close()
         crew.close()
+        with pytest.raises(AssertionError, match="after the end"):
+            crew.wait(shipment)
     assert time.perf_counter() - start < 5  # all of it would take six seconds
     assert not shipment.sent

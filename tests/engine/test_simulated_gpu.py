@@ -103,6 +103,7 @@ def test_page_locked_arrays_are_copied_from_where_they_are(gpu, cover, monkeypat
     arrays = [lock(x) for x in qkv(2, 2, 900, 1100, dtype="f4")]
     token_major = [lock(np.ascontiguousarray(x.swapaxes(1, 2))) for x in arrays]
     monkeypatch.setattr("cqsa_arrays.storage.memory.HostSource.read", None)
+    monkeypatch.setattr("cqsa_arrays.engine.cuda.resident.at_work", None)  # no thread is begun
     for layout, given in (("bhnd", arrays), ("bnhd", token_major)):
         call = {"device": "cuda", "layout": layout, "options": Options(cover=cover)}
         out = cqsa.attention(*given, memory=int(1.5 * least(*given, **call)), **call)
@@ -416,7 +417,10 @@ def test_threads_end_before_the_memory_that_they_use_wherever_an_interruption_co
         alive.extend(running(threads))  # others may be kept from an earlier run
         usual_close(self)
 
-    usual_close, threads = memory.Arena.close, ("cqsa-output", "cqsa-reader" if "readers" in where else "cqsa-sender")
+    usual_close = memory.Arena.close
+    threads = {"readers begin": ("cqsa-reader",), "rows leave": ("cqsa-output", "cqsa-sender")}.get(
+        where, ("cqsa-sender",)
+    )
     monkeypatch.setattr(importlib.import_module("cupy").cuda, "Event", Slow)
     monkeypatch.setattr(memory.Arena, "close", close)
     owner, name = {

@@ -24,6 +24,7 @@ def gpu(request):
 def transfers():
     from cqsa_arrays.engine.cuda.transfer import open_transfers
 
+    simulated_cuda.Device().use()
     return open_transfers()
 
 

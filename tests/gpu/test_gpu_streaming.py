@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from concurrent.futures import ThreadPoolExecutor
 
 import h5py
 import ml_dtypes
@@ -119,7 +120,7 @@ def test_page_locked_arrays_are_copied_from_where_they_are(cover, order, monkeyp
         locked = cupyx.empty_pinned(physical.shape, physical.dtype)
         locked[...] = physical
         given.append(locked)
-    monkeypatch.setattr("cqsa_arrays.engine.cuda.crew.Crew.send", None)
+    monkeypatch.setattr("cqsa_arrays.engine.cuda.resident.at_work", None)
     call = {"causal": True, "layout": layout, "device": "cuda", "options": Options(cover=cover)}
     out = cqsa.attention(*given, memory=int(1.5 * least_bytes(*given, **call)), **call)
     assert_close(out if layout == "bhnd" else out.swapaxes(1, 2), exact(*arrays, offset=0)[0])
@@ -170,6 +171,14 @@ def test_long_heads_begin_and_end_in_two_tiles(gpu):
         cqsa.attention(*arrays, out=out, **call)
         assert np.array_equal(out[:, 1:], there[:, 1:])
         assert_close(out[:, :1], there[:, :1])  # its keys are two blocks
+
+
+def test_a_thread_that_has_not_used_the_device(gpu):
+    """It has no context there; compiled code needs one."""
+    arrays = qkv(1, 2, 2000, 64, dtype="f2")
+    with ThreadPoolExecutor(1) as pool:
+        out = pool.submit(cqsa.attention, *arrays, device="cuda").result()
+    assert_close(out, exact(*arrays)[0])
 
 
 # ---- errors

@@ -69,7 +69,8 @@ SHARES = 4
 class Piece:
     """Page-locked bytes in ``SHARES`` shares; an event of each in ``done`` is recorded after the copy that uses it.
 
-    ``shares`` is what ``native`` takes for it, ``halves`` where it has two.
+    ``shares`` is what ``native`` takes for it, ``halves`` where it has two. Whoever fills more than a share by one copy
+    records the first event: loops begin with the first place, and wait for that.
     """
 
     def __init__(self, memory: np.ndarray) -> None:
@@ -77,7 +78,7 @@ class Piece:
         self.done = tuple(cupy.cuda.Event(disable_timing=True) for _ in range(SHARES))
         share, events = memory.size // SHARES, (event.ptr for event in self.done)
         self.shares = np.array([memory.ctypes.data, share, *events], np.int64)
-        self.halves = np.array([memory.ctypes.data, memory.size // 2, *self.shares[2::2][:2]], np.int64)
+        self.halves = np.array([memory.ctypes.data, memory.size // 2, *self.shares[2 :: SHARES // 2]], np.int64)
 
     def wait(self) -> None:
         """Return when nothing uses it any more."""

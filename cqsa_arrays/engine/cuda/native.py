@@ -128,6 +128,8 @@ def _move(region, first, count, memory, outward):
 @nb.njit
 def _send_shares(functions, pinned, bill, stream):
     """A thread's shares of a shipment: until none is left, or one fails."""
+    if _of(bill, _BEGUN) >= _of(bill, _SHARES):
+        return  # before the driver is called, which has one lock for all threads
     status = _call(functions[_SET_CONTEXT], (functions[_CONTEXT],))
     for e in range(_of(bill, _AFTER + 1)):
         event = _of(_of(bill, _AFTER), e)

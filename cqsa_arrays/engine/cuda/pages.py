@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Iterator
 from dataclasses import dataclass
+from enum import Enum
 from functools import partial
 from typing import Any
 
@@ -24,6 +25,15 @@ from .transfer import Region
 _ANY_BYTES = 1 << 62
 
 
+class Access(Enum):
+    """How the device comes by the blocks of a source."""
+
+    IN_PLACE = "it is there"
+    LOCKED = "the device copies them from page-locked memory by itself"
+    SENT = "they are copied to page-locked pieces in compiled code"
+    READ = "Python reads them to page-locked pieces"
+
+
 @dataclass(frozen=True, slots=True)
 class Part:
     """A piece of a block: its place in the source, and where it lies in the slot, without gaps."""
@@ -37,18 +47,19 @@ class Part:
 class DevicePages:
     """The blocks of ``source`` on the device: at most ``slots`` of at most ``tokens`` tokens of ``heads`` heads.
 
+    ``access`` is how they come there.
     ``load`` gives the place of a block, which still is on its way: a stream that reads it waits by ``await_loaded``.
     A slot is not overwritten before the kernels that were launched before ``release`` have read it.
     """
 
-    def __init__(self, source: TokenSource, link: Link, arena: Arena, *, slots: int, tokens: int, heads: int) -> None:
-        self._source, self._link = source, link
-        self._in_place = isinstance(source, DeviceSource)
+    def __init__(
+        self, source: TokenSource, access: Access, link: Link, arena: Arena, *, slots: int, tokens: int, heads: int
+    ) -> None:
+        self._source, self._access, self._link = source, access, link
+        self._in_place = access is Access.IN_PLACE
         self._resident: OrderedDict[tuple[Group, Range], Slot] = OrderedDict()
         self._touched: list[Slot] = []
         self._group: Group | None = None
-        self._locked = page_locked(source)
-        self._lies = lies_in_rows(source)
         # Every block has the strides of the longest: one launch takes several.
         self._tokens, self._heads = tokens, heads
         count = 0 if self._in_place else slots
@@ -127,13 +138,13 @@ class DevicePages:
         used, slot.used = tuple(slot.used.values()), {}
         slot.awaited_on.clear()
         link = self._link
-        if self._locked is not None:
+        if self._access is Access.LOCKED:
             for event in used:
                 link.copies.wait_event(event)
             for part in self._parts(group, tokens, link.pieces.size_bytes):
-                self._copy_locked(self._locked, slot, part)
+                self._copy_locked(slot, part)
             slot.arrived.record(link.copies)
-        elif self._lies:
+        elif self._access is Access.SENT:
             link.ask(slot, used, [self._region(slot, part) for part in self._parts(group, tokens, _ANY_BYTES)])
         else:
             link.read(slot, self._parts(group, tokens, link.pieces.size_bytes), partial(self._read, slot, used))
@@ -169,9 +180,10 @@ class DevicePages:
             finally:
                 link.pieces.give_back(piece)
 
-    def _copy_locked(self, array: np.ndarray, slot: Slot, part: Part) -> None:
+    def _copy_locked(self, slot: Slot, part: Part) -> None:
         """Have a part copied from where it is, where its vectors may lie apart; heads together if they lie so."""
-        block = array[part.batch.slice, part.heads.slice, part.tokens.slice][0]
+        assert isinstance(self._source, HostSource), "page-locked"
+        block = self._source.array[part.batch.slice, part.heads.slice, part.tokens.slice][0]
         tokens, dim = block.shape[1:]
         vector_bytes, pitch = dim * block.itemsize, block.strides[1]
         row_bytes = vector_bytes * (len(part.heads) if self._source.token_major else 1)
@@ -186,7 +198,6 @@ class DevicePages:
                 runtime.memcpy2DAsync(
                     to + h * step, row_bytes, head.ctypes.data, pitch, vector_bytes, tokens, kind, stream
                 )
-        assert isinstance(self._source, HostSource), "page-locked"
         self._source.bytes_read += block.nbytes
 
     def _parts(self, group: Group, tokens: Range, most: int) -> Iterator[Part]:
@@ -222,21 +233,21 @@ class DevicePages:
         return whole[:, :, : len(tokens)]
 
 
-def lies_in_rows(source: TokenSource) -> bool:
-    """Whether it is an array of the host whose vectors are contiguous."""
-    return isinstance(source, HostSource) and source.vectors_together
-
-
-def page_locked(source: TokenSource) -> np.ndarray | None:
-    """The array (batch, heads, tokens, dim) of ``source`` if the device can read its memory by itself."""
+def access_to(source: TokenSource) -> Access:
+    """How the device comes by blocks of ``source``."""
+    if isinstance(source, DeviceSource):
+        return Access.IN_PLACE
     if not isinstance(source, HostSource) or not source.vectors_together:
-        return None
-    array = source.array
+        return Access.READ
+    return Access.LOCKED if _page_locked(source.array) else Access.SENT
+
+
+def _page_locked(array: np.ndarray) -> bool:
+    """Whether the device can read the memory of ``array``, (batch, heads, tokens, head_dim), by itself."""
     if min(array.strides) < 0 or (array.shape[2] > 1 and array.strides[2] < array.shape[3] * array.itemsize):
-        return None  # the device takes rows that follow each other without overlapping
+        return False  # the device takes rows that follow each other without overlapping
     ends = (
         array.ctypes.data,
         array.ctypes.data + sum((n - 1) * s for n, s in zip(array.shape, array.strides, strict=True)),
     )
-    locked = all(runtime.pointerGetAttributes(end).type == runtime.memoryTypeHost for end in ends)
-    return array if locked else None
+    return all(runtime.pointerGetAttributes(end).type == runtime.memoryTypeHost for end in ends)

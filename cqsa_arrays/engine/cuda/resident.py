@@ -18,7 +18,7 @@ from ...kernels.cuda.kernel import CudaKernel
 from ...planner import Group, Plan, Problem
 from ...planner.memory import DISK, HOST, OUTPUT_SLOTS, PINNED_PIECES, READER_THREADS, output_slot, output_tile
 from ...ranges import Range
-from ...storage import ArraySink, DeviceSource
+from ...storage import ArraySink
 from ...storage.dtypes import SUPPORTED
 from ...workers import Workers, kept_workers
 from ..resident import Inputs, Operands
@@ -26,12 +26,12 @@ from ..results import OutputResults, Results, StatisticsResults
 from ..schedule import Work
 from ..statefile import StateFile
 from ..states import scratch_file
-from .crew import Crew
+from .crew import Crew, at_work
 from .departures import Departures
 from .lanes import Lanes
 from .link import Link
 from .memory import Arena, PinnedPieces, pinned
-from .pages import DevicePages, lies_in_rows
+from .pages import Access, DevicePages, access_to
 from .results import DeviceArrayOutput, DeviceOutput, DeviceResults, DeviceStatistics, DeviceTiles, Finished
 from .states import DeviceStates, NoStates, PinnedStates, Saved, StatesOnDisk, WaitingPlace
 from .transfer import Transfers, open_transfers
@@ -127,15 +127,17 @@ def allocate_on_device(
     """
     stack.enter_context(_translated_errors(plan.device))
     device = stack.enter_context(cupy.cuda.Device(int(plan.device.removeprefix("cuda:"))))
-    problem, transfers = plan.problem, _transfers(inputs, results, plan.problem)
+    device.use()  # a thread that has used none yet has no context, which compiled code asks for
+    problem, accesses = plan.problem, tuple(access_to(source) for source in (inputs.q, inputs.k, inputs.v))
+    transfers = _transfers(accesses, results, plan.problem)
     arena = stack.enter_context(closing(Arena()))
     pieces = stack.enter_context(closing(PinnedPieces(PINNED_PIECES)))
     # Whatever fails, nothing is given back while a copy or kernel still uses it.
     stack.callback(device.synchronize)
-    link = _link(inputs, device, pieces, transfers, stack)
+    link = _link(accesses, device, pieces, transfers, stack)
     arena.allocate(plan.memory_bytes)  # takes the driver as long as threads to begin
     lanes = _lanes(plan)
-    operands = _operands(inputs, plan, link, arena)
+    operands = _operands(inputs, accesses, plan, link, arena)
     if first is not None:
         _preload(operands, link, first)
     kernel = CudaKernel(problem.q.dtype, head_dim=problem.head_dim, value_dim=problem.value_dim, scale=problem.scale)
@@ -159,30 +161,33 @@ def _lanes(plan: Plan) -> Lanes:
 
 
 def _link(
-    inputs: Inputs, device: cupy.cuda.Device, pieces: PinnedPieces, transfers: Transfers | None, stack: ExitStack
+    accesses: tuple[Access, ...],
+    device: cupy.cuda.Device,
+    pieces: PinnedPieces,
+    transfers: Transfers | None,
+    stack: ExitStack,
 ) -> Link:
-    """With threads for blocks that lie in memory, and threads for those that are read, in all as many as planned."""
-    streamed = [source for source in (inputs.q, inputs.k, inputs.v) if not isinstance(source, DeviceSource)]
-    kinds = {lies_in_rows(source) for source in streamed}
-    size = READER_THREADS if len(kinds) < 2 else max(1, READER_THREADS // 2)
+    """With threads for blocks that are sent, and threads for those that are read, in all as many as planned."""
+    both = Access.SENT in accesses and Access.READ in accesses
+    size = max(1, READER_THREADS // 2) if both else READER_THREADS
     copies = cupy.cuda.Stream(non_blocking=True)
-    readers = stack.enter_context(kept_workers(size, "reader")) if False in kinds else None
+    readers = stack.enter_context(kept_workers(size, "reader")) if Access.READ in accesses else None
     crew = None
-    if True in kinds:
+    if Access.SENT in accesses:
         assert transfers is not None, "an array of the host"
-        senders = stack.enter_context(kept_workers(size, "sender"))
-        crew = Crew(transfers, pieces, copies)
-        stack.callback(crew.end)  # first of all: it waits for nothing, and who waits for the threads would for ever
-        crew.begin(senders, size)
+        crew = stack.enter_context(at_work(Crew(transfers, pieces, copies, size)))
     return stack.enter_context(closing(Link(device, pieces, copies, crew, readers)))
 
 
-def _operands(inputs: Inputs, plan: Plan, link: Link, arena: Arena) -> Operands[DevicePages]:
-    size = plan.chosen.residency
+def _operands(
+    inputs: Inputs, accesses: tuple[Access, ...], plan: Plan, link: Link, arena: Arena
+) -> Operands[DevicePages]:
+    size, (q, k, v) = plan.chosen.residency, accesses
     key_size = {"slots": size.key_slots, "tokens": size.key_chunk, "heads": size.heads}
     query_size = {"slots": size.query_slots, "tokens": size.query_chunk, "heads": size.heads}
-    keys, values = (DevicePages(source, link, arena, **key_size) for source in (inputs.k, inputs.v))
-    return Operands(DevicePages(inputs.q, link, arena, **query_size), keys, values)
+    keys = DevicePages(inputs.k, k, link, arena, **key_size)
+    values = DevicePages(inputs.v, v, link, arena, **key_size)
+    return Operands(DevicePages(inputs.q, q, link, arena, **query_size), keys, values)
 
 
 def _preload(operands: Operands[DevicePages], link: Link, work: Work) -> None:
@@ -216,12 +221,10 @@ def _states(
     return DeviceStates(slots, problem.value_dim, home=home, waiting=waiting, saved=saved)
 
 
-def _transfers(inputs: Inputs, results: Results, problem: Problem) -> Transfers | None:
+def _transfers(accesses: tuple[Access, ...], results: Results, problem: Problem) -> Transfers | None:
     """For arrays of the host, from or to which something is copied; None where there is none."""
     into = isinstance(results, OutputResults) and not problem.result.on_device and isinstance(results.sink, ArraySink)
-    if into or any(lies_in_rows(source) for source in (inputs.q, inputs.k, inputs.v)):
-        return open_transfers()
-    return None
+    return open_transfers() if into or Access.SENT in accesses else None
 
 
 def _outgoing(

@@ -40,6 +40,8 @@ class Region:
         ]  # fmt: skip
 
 
+# A semaphore and a distance to the next, in 64-bit integers: twice what it takes.
+SEMAPHORE_NUMBERS = 8
 # Places in the bill of a shipment; see ``native``.
 _BEGUN, _DONE, _FAILED, _PASSED = 7, 8, 9, 10
 
@@ -137,7 +139,8 @@ def _driver(names: tuple[str, ...]) -> list[int]:
     """The current context and the addresses of the driver's functions ``names``."""
     context = ctypes.c_void_p()
     _check(_library(_DRIVER).cuCtxGetCurrent(ctypes.byref(context)))
-    return [context.value or 0, *_addresses(_DRIVER, names)]
+    assert context.value is not None, "the device is in use"
+    return [context.value, *_addresses(_DRIVER, names)]
 
 
 _DRIVER = "libcuda.so.1"
@@ -154,14 +157,13 @@ def _addresses(library: str | None, names: tuple[str, ...]) -> tuple[int, ...]:
     return tuple(ctypes.cast(getattr(_library(library), name), ctypes.c_void_p).value or 0 for name in names)
 
 
-class Semaphores:
-    """``count`` semaphores of the C library, at ``addresses``, each of them 0."""
-
-    def __init__(self, count: int) -> None:
-        self._memory = np.zeros((count, 8), np.int64)  # a line of the cache for each, twice what one takes
-        self.addresses = self._memory.ctypes.data + self._memory.strides[0] * np.arange(count)
-        for address in self.addresses:
-            _library(None).sem_init(ctypes.c_void_p(int(address)), 0, 0)
+def semaphores(memory: np.ndarray) -> np.ndarray:
+    """The addresses of as many semaphores of the C library as ``memory`` has room for, each of them 0."""
+    size_bytes = 8 * SEMAPHORE_NUMBERS
+    addresses = memory.ctypes.data + size_bytes * np.arange(memory.nbytes // size_bytes)
+    for address in addresses:
+        _library(None).sem_init(ctypes.c_void_p(int(address)), 0, 0)
+    return addresses
 
 
 def _check(status: int) -> None:
