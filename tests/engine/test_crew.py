@@ -6,7 +6,7 @@ import gc
 import importlib
 import time
 from concurrent.futures import Future
-from contextlib import ExitStack, closing, contextmanager
+from contextlib import closing, contextmanager
 
 import numpy as np
 import pytest
@@ -26,19 +26,22 @@ def gpu(request):
     assert running(("cqsa-crew",)) == []
 
 
-@contextmanager
-def crew_of(size: int, monkeypatch):
-    """A crew on pieces of two shares, and the stream on which it sends."""
+def crew_on_pieces_of_two_shares(size: int, monkeypatch):
+    """A crew that has not begun, and the stream on which it sends."""
     crew, memory, transfer = (
         importlib.import_module(f"cqsa_arrays.engine.cuda.{name}") for name in ("crew", "memory", "transfer")
     )
     monkeypatch.setattr(memory, "PINNED_PIECE_BYTES", 2 * SHARE)
-    with ExitStack() as stack:
-        workers = stack.enter_context(closing(Workers(size, "crew")))
-        simulated_cuda.Device().use()
-        pieces, stream = memory.PinnedPieces(size + 1), simulated_cuda.Stream()
-        made = crew.Crew(transfer.open_transfers(), pieces, stream, size)
-        stack.enter_context(closing(made))
+    simulated_cuda.Device().use()
+    pieces, stream = memory.PinnedPieces(size + 1), simulated_cuda.Stream()
+    return crew.Crew(transfer.open_transfers(), pieces, stream, size), stream
+
+
+@contextmanager
+def crew_of(size: int, monkeypatch):
+    """One at work, on threads that are not kept."""
+    made, stream = crew_on_pieces_of_two_shares(size, monkeypatch)
+    with closing(Workers(size, "crew")) as workers, closing(made):
         made.begin(workers)
         yield made, stream
 
@@ -125,13 +128,8 @@ def test_a_thread_that_ended_before_its_time_is_not_waited_for(gpu, monkeypatch)
 
 def test_threads_end_where_whoever_holds_them_is_dropped(gpu, monkeypatch) -> None:
     """As by an interruption between two steps of an ``ExitStack``, which then takes none of those that are left."""
-    crew, memory, transfer = (
-        importlib.import_module(f"cqsa_arrays.engine.cuda.{name}") for name in ("crew", "memory", "transfer")
-    )
-    monkeypatch.setattr(memory, "PINNED_PIECE_BYTES", 2 * SHARE)
-    simulated_cuda.Device().use()
-    made = crew.Crew(transfer.open_transfers(), memory.PinnedPieces(3), simulated_cuda.Stream(), 2)
-    held = crew.at_work(made)
+    made, _ = crew_on_pieces_of_two_shares(2, monkeypatch)
+    held = importlib.import_module("cqsa_arrays.engine.cuda.crew").at_work(made)
     held.__enter__()
     assert len(running(("cqsa-sender",))) == 2
     del held

@@ -73,12 +73,12 @@ class Crew:
     def wait(self, shipment: Shipment) -> None:
         """Return when ``shipment`` is on the stream, and help with that. Raises CUDADriverError."""
         if not shipment.sent:
-            self.help(shipment)
+            self._help(shipment)
         while not shipment.sent:
             shipment.check()
             self._nap()
 
-    def help(self, shipment: Shipment) -> None:
+    def _help(self, shipment: Shipment) -> None:
         """Send shares of ``shipment`` until none is left."""
         piece = self._pieces.borrow()
         try:

@@ -69,7 +69,7 @@ class DeviceResident:
         assert step is not None
         assert self.group is not None, "begin() comes first"
         self.link.start()
-        self._preload(upcoming)
+        _preload(self.operands, self.link, upcoming)
         lane = self.lanes.of(self.group, step.queries)
         state = self.states.load(step.queries, part, lane)
         finish = self.results.whole(self.group, step.queries, part) if state.statistics is None else None
@@ -87,7 +87,7 @@ class DeviceResident:
         self.states.store(step.queries, part, used)
         for pages in self.operands:
             pages.release(lane, used)
-        self._preload(upcoming)  # the rest, in places of blocks that this launch reads
+        _preload(self.operands, self.link, upcoming)  # the rest, in places of blocks that this launch reads
         if upcoming is not None and upcoming.step is not None and upcoming.group == self.group:
             self.states.preload(upcoming.step.queries)
 
@@ -96,10 +96,6 @@ class DeviceResident:
         lane = self.lanes.leave(group, rows)
         state, release = self.states.finish(rows, lane)
         self.results.take(Finished(group, rows, state, lane, release))
-
-    def _preload(self, work: Work | None) -> None:
-        if work is not None:
-            _preload(self.operands, self.link, work)
 
     def settle(self) -> None:
         """Return once the device has done what was put on it and the rows handed out are written."""
@@ -138,8 +134,7 @@ def allocate_on_device(
     arena.allocate(plan.memory_bytes)  # takes the driver as long as threads to begin
     lanes = _lanes(plan)
     operands = _operands(inputs, accesses, plan, link, arena)
-    if first is not None:
-        _preload(operands, link, first)
+    _preload(operands, link, first)
     kernel = CudaKernel(problem.q.dtype, head_dim=problem.head_dim, value_dim=problem.value_dim, scale=problem.scale)
     stack.enter_context(closing(kernel))
     writers = stack.enter_context(kept_workers(OUTPUT_SLOTS, "output"))
@@ -190,9 +185,9 @@ def _operands(
     return Operands(DevicePages(inputs.q, q, link, arena, **query_size), keys, values)
 
 
-def _preload(operands: Operands[DevicePages], link: Link, work: Work) -> None:
+def _preload(operands: Operands[DevicePages], link: Link, work: Work | None) -> None:
     """Begin to bring blocks of ``work``, as far as there is room beside what is loaded."""
-    if work.step is None or not work.begins_step:
+    if work is None or work.step is None or not work.begins_step:
         return
     for pages, tokens in operands.of(work.step):
         pages.preload(work.group, tokens)

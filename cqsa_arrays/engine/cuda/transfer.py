@@ -17,6 +17,8 @@ from cupy_backends.cuda.api.driver import CUDADriverError
 
 from .memory import Piece
 
+_DRIVER = "libcuda.so.1"
+
 
 @dataclass(frozen=True, slots=True)
 class Region:
@@ -141,9 +143,6 @@ def _driver(names: tuple[str, ...]) -> list[int]:
     _check(_library(_DRIVER).cuCtxGetCurrent(ctypes.byref(context)))
     assert context.value is not None, "the device is in use"
     return [context.value, *_addresses(_DRIVER, names)]
-
-
-_DRIVER = "libcuda.so.1"
 
 
 @lru_cache
