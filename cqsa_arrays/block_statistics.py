@@ -1,13 +1,15 @@
 """Block statistics: what a query row must remember of the keys it has seen, so that blocks combine exactly.
 
-For a set of keys with scores ``s_j`` (natural units, scale included) and values ``v_j`` one row keeps
+For a set of keys with scores ``s_j`` (natural units, scale included) and values ``v_j`` one row keeps a base m and
 
-    m = max_j s_j        l = sum_j exp(s_j - m)        acc = sum_j exp(s_j - m) * v_j
+    l = sum_j exp(s_j - m)        acc = sum_j exp(s_j - m) * v_j
 
-Two disjoint key sets merge by re-basing both on the larger maximum, and the row ends as
+Two disjoint key sets merge by re-basing both on one m, and the row ends as
 
     output = acc / l     lse = m + log(l)
 
+Any m will do. States that kernels and ``merge`` make have l near 1: acc is a mean of values then, so that large finite
+values do not add up to infinity, and errors of rounding do not all point the same way.
 ``exp(lse)`` is never formed: it overflows float32 at a score of 88.7. Sources: Milakov and Gimelshein, "Online
 normalizer calculation for softmax", arXiv 1805.02867; step 4 (result reconstruction) of Stream-CQSA, arXiv 2604.20819.
 
@@ -47,7 +49,7 @@ def array_namespace(array: Array, argument: str = "array") -> ModuleType:
     >>> array_namespace(np.zeros(3)).__name__
     'numpy'
     """
-    if isinstance(array, np.ndarray):
+    if isinstance(array, np.ndarray) and not isinstance(array, np.ma.MaskedArray):  # its mask would be lost
         return np
     cupy = sys.modules.get("cupy")
     if cupy is not None and isinstance(array, cupy.ndarray):
@@ -88,6 +90,10 @@ class BlockStatistics:
                     "acc (..., rows, Dv), m and l (..., rows), of one dtype and one array library",
                     "Pass the three arrays of one state.",
                 )
+
+    def __repr__(self) -> str:
+        library = array_namespace(self.acc).__name__
+        return f"<BlockStatistics of {library}: rows {self.m.shape}, Dv {self.acc.shape[-1]}, {self.acc.dtype}>"
 
     @classmethod
     def empty(cls, shape: tuple[int, ...], value_dim: int, dtype: Any, xp: Any = np) -> BlockStatistics:
@@ -135,10 +141,9 @@ def merge(a: BlockStatistics, b: BlockStatistics) -> BlockStatistics:
             "b", _describe(b.acc), f"a state like a, {_describe(a.acc)}", "Merge states of the same query rows."
         )
     with np.errstate(all="ignore"):  # -inf - -inf of rows that saw no key, which are replaced below; NaN rows
-        m = xp.maximum(a.m, b.m)
-        weight_a, weight_b = xp.exp(a.m - m), xp.exp(b.m - m)
-        l = a.l * weight_a + b.l * weight_b  # noqa: E741
-        acc = a.acc * weight_a[..., None] + b.acc * weight_b[..., None]
+        m, l, weight_a, weight_b = _joint(a, b, xp)  # noqa: E741
+        acc = xp.multiply(a.acc, weight_a[..., None], out=xp.empty_like(a.acc))
+        acc += xp.multiply(b.acc, weight_b[..., None], out=xp.empty_like(b.acc))
     # Chosen, not multiplied by 0 and added: that would turn -0.0 into 0.0, and -inf - -inf into NaN.
     only_a, only_b = b.saw_no_key, a.saw_no_key
     return BlockStatistics(
@@ -146,6 +151,24 @@ def merge(a: BlockStatistics, b: BlockStatistics) -> BlockStatistics:
         m=xp.where(only_b, b.m, xp.where(only_a, a.m, m)),
         l=xp.where(only_b, b.l, xp.where(only_a, a.l, l)),
     )
+
+
+def _joint(a: BlockStatistics, b: BlockStatistics, xp: ModuleType) -> tuple[Array, Array, Array, Array]:
+    """m and l of both states together, and the float64 factors of their ``acc``.
+
+    ``l`` is near 1: ``acc`` is a mean of values then, and no larger than they are. What is rounded off m and l goes
+    into the factors.
+    """
+    m_a, m_b, l_a, l_b = (part.astype("f8") for part in (a.m, b.m, a.l, b.l))
+    top = xp.maximum(m_a, m_b)
+    weight_a, weight_b = xp.exp(m_a - top), xp.exp(m_b - top)
+    total = l_a * weight_a + l_b * weight_b
+    usual = (total > 0) & xp.isfinite(top)
+    m = xp.where(usual, top + xp.log(total), top).astype(a.m.dtype)
+    moved = xp.where(usual, xp.exp(top - m), 1)
+    l = (total * moved).astype(a.l.dtype)  # noqa: E741
+    moved = xp.where(usual, l / total, moved)
+    return m, l, weight_a * moved, weight_b * moved
 
 
 def _describe(array: Array) -> str:

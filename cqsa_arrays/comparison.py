@@ -7,176 +7,137 @@ array is NaN or infinite and the other is not, or not alike, counts as an infini
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, replace
-from numbers import Real
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 
+from .error_report import ElementError, ErrorReport, Index, RowError
 from .errors import ArgumentError
 from .ranges import Range
 from .reference import ReferenceRows
+from .storage import as_array, check_comparable, check_open
+from .tolerance import (
+    HEADINGS,
+    TOLERANCES,
+    Allowance,
+    Tolerance,
+    Verdict,
+    allowance,
+    finite,
+    norms,
+    row_scale,
+    tolerance_of,
+    without_scores,
+    worst_verdict,
+)
 
-Index = tuple[int, ...]
+__all__ = [
+    "HEADINGS",
+    "TOLERANCES",
+    "ErrorReport",
+    "RowError",
+    "Tolerance",
+    "Verdict",
+    "compare",
+    "compare_rows",
+    "worst_verdict",
+]
 
 # Float64 elements of one block: 8 MiB each for the result, the reference and a few temporaries.
 _BLOCK_ELEMENTS = 1 << 20
-
-# The errors of a row's elements are independent roundings, so that a correct row stays within a few times the whole's
-# error, while a row that is wholly wrong is off by about 1. Ten times keeps the two far apart in every dtype.
-_ROW_FACTOR = 10
-
-
-@dataclass(frozen=True, slots=True)
-class Tolerance:
-    """What still passes: a relative Frobenius error, ten times it for a single row, and an error of the log-sum-exp."""
-
-    frobenius: float
-    lse: float = 5e-6
-
-    def __post_init__(self) -> None:
-        for bound in (self.frobenius, self.lse):
-            if not isinstance(bound, Real) or not bound >= 0:
-                raise ArgumentError("tolerance", bound, "a number from 0 on", "Leave it out for that of the dtype.")
-
-    @property
-    def row(self) -> float:
-        return _ROW_FACTOR * self.frobenius
-
-
-# By the result's dtype: about twice what a correct kernel that holds all scores in memory shows against float64, that
-# is 2.7e-4, 2.2e-3, 1e-6 and 2e-14. The log-sum-exp comes from a float32 state, for float64 from a float64 one.
-TOLERANCES = {
-    "float16": Tolerance(6e-4),
-    "bfloat16": Tolerance(5e-3),
-    "float32": Tolerance(2e-6),
-    "float64": Tolerance(5e-14, lse=1e-13),
-}
-
-
-@dataclass(frozen=True, slots=True)
-class RowError:
-    """The row with the largest error; ``index`` is (batch, head, row) for attention outputs."""
-
-    index: Index
-    error: float
-
-
-@dataclass(frozen=True, slots=True)
-class ElementError:
-    """The element with the largest absolute error."""
-
-    index: Index
-    error: float
-    got: float
-    expected: float
-
-
-@dataclass(frozen=True, slots=True)
-class ErrorReport:
-    """The errors of a result against a reference.
-
-    ``frobenius`` is the norm of the difference over the norm of the reference. A row's error is the norm of its
-    difference over the norm of its reference row, or over the median norm of its neighbours (rows that are not 0, along
-    the last axis but one) where that is larger: a row that is small because its values cancel is not wrong for having
-    the rounding error of the values. Where the reference is 0 throughout, errors are absolute. ``nans`` and ``infs``
-    count the result's elements; ``mismatches`` the places where result and reference are neither both finite nor the
-    same NaN or infinity. ``lse`` is the largest error of the log-sum-exp relative to max(1, abs(lse)), None where it
-    was not compared; ``seed`` is the one that sampled the rows.
-    """
-
-    frobenius: float
-    worst_row: RowError
-    worst_element: ElementError
-    nans: int
-    infs: int
-    mismatches: int
-    rows: int
-    tolerance: Tolerance
-    lse: RowError | None = None
-    seed: int | None = None
-
-    @property
-    def passed(self) -> bool:
-        """Whether every error is within its tolerance; a NaN error is not."""
-        return (
-            self.mismatches == 0
-            and self.frobenius <= self.tolerance.frobenius
-            and self.worst_row.error <= self.tolerance.row
-            and (self.lse is None or self.lse.error <= self.tolerance.lse)
-        )
-
-    def __str__(self) -> str:
-        sampled = "" if self.seed is None else f", sampled with seed {self.seed}"
-        row, element = self.worst_row, self.worst_element
-        lines = [
-            f"{'PASSED' if self.passed else 'FAILED'}: relative Frobenius error {self.frobenius:.3g} "
-            f"(tolerance {self.tolerance.frobenius:g}) over {self.rows} rows{sampled}",
-            f"  worst row {row.index}: relative error {row.error:.3g} (tolerance {self.tolerance.row:g})",
-            f"  worst element {element.index}: off by {element.error:.3g}, got {element.got:.9g}, "
-            f"expected {element.expected:.9g}",
-            f"  not finite: {self.nans} NaN, {self.infs} inf; {self.mismatches} not as in the reference",
-        ]
-        if self.lse is not None:
-            lse_tolerance = f"(tolerance {self.tolerance.lse:g})"
-            lines.append(f"  log-sum-exp, worst at {self.lse.index}: error {self.lse.error:.3g} {lse_tolerance}")
-        return "\n".join(lines)
-
-    def to_json(self) -> str:
-        """One JSON object: the fields and ``passed``; errors that are not finite become the text "nan" or "inf"."""
-        fields = {"passed": self.passed, **asdict(self)}
-        fields["tolerance"]["row"] = self.tolerance.row
-        return json.dumps(_json_safe(fields), allow_nan=False)
+# What every error is larger than.
+_NO_ROW, _NO_ELEMENT = RowError((), -1.0), ElementError((), -1.0, 0.0, 0.0)
 
 
 def compare(out: Any, reference: Any, *, tolerance: Tolerance | float | None = None) -> ErrorReport:
     """The errors of ``out`` against ``reference``: arrays of one shape, read block by block.
 
-    Takes whatever has a shape and slices to NumPy or CuPy arrays (memory maps and h5py datasets too); a row is the last
-    axis. ``tolerance``, a relative Frobenius error, is by default that of ``out.dtype`` in ``TOLERANCES``. Raises
-    ArgumentError for different shapes, empty arrays, and dtypes without a default tolerance.
+    Takes whatever has a shape and slices to NumPy or CuPy arrays (memory maps and h5py datasets too), and arrays of
+    other libraries by DLPack; a row is the last axis. ``tolerance``, a relative Frobenius error, is by default that of
+    ``out.dtype`` in ``TOLERANCES``, which is for scores of moderate size: two arrays do not say how large they were,
+    ``verify`` knows. Raises ArgumentError for different shapes, empty arrays, masked arrays, data sets of closed files
+    or that attributes give another meaning, and dtypes without a default tolerance.
 
     >>> reference = np.linspace(1, 2, 12).reshape(3, 4)
     >>> compare((reference * (1 + 1e-7)).astype(np.float32), reference).passed
     True
     """
-    out, reference = _array(out), _array(reference)
+    out, reference = _array(out, "out"), _array(reference, "reference")
     if tolerance is None:
-        tolerance = _tolerance_of(out.dtype)
+        tolerance = tolerance_of(out.dtype)
     elif not isinstance(tolerance, Tolerance):
         tolerance = Tolerance(float(tolerance))
-    return _tally(out, reference).report(tolerance)
+    return _tally(out, reference).report(tolerance, reference.shape[-1])
 
 
 def compare_rows(
-    out: np.ndarray, lse: np.ndarray | None, reference: ReferenceRows, dtype: Any, *, seed: int | None = None
+    out: np.ndarray,
+    lse: np.ndarray | None,
+    reference: ReferenceRows,
+    dtype: Any,
+    *,
+    seed: int | None = None,
+    tolerance: float | None = None,
 ) -> ErrorReport:
     """The errors of chosen rows, ``out`` (B, H, R, Dv) and ``lse`` (B, H, R) if kept, against ``reference_rows``.
 
-    Judged by the tolerance of ``dtype``, a NumPy dtype or its name, in which the result was stored; row indices in the
-    report are token numbers. ``seed`` is only reported. Raises ArgumentError as ``compare`` does.
+    Judged by the tolerance of ``dtype``, a NumPy dtype or its name, in which the result was stored, and by what
+    ``reference.rounding`` allows for large scores; ``tolerance`` takes the place of both for the output. Row indices in
+    the report are token numbers. ``seed`` is only reported. Raises ArgumentError as ``compare`` does.
 
     >>> exact = ReferenceRows(np.array([7]), out=np.ones((1, 1, 1, 4)), lse=np.zeros((1, 1, 1)))
-    >>> compare_rows(np.zeros((1, 1, 1, 4)), None, exact, "float16").worst_row
-    RowError(index=(0, 0, 7), error=1.0)
+    >>> compare_rows(np.zeros((1, 1, 1, 4)), None, exact, "float32").worst_row
+    RowError(index=(0, 0, 7), error=1.0, inherent=0.0)
     """
-    report = _tally(_array(out), reference.out).report(_tolerance_of(dtype))
-    lse_error = None if lse is None else _lse_error(_array(lse), reference.lse)
-
-    def at_token(error: Any) -> Any:
-        batch, head, row, *rest = error.index
-        return replace(error, index=(batch, head, int(reference.rows[row]), *rest))
-
-    return replace(
-        report,
-        worst_row=at_token(report.worst_row),
-        worst_element=at_token(report.worst_element),
-        lse=None if lse_error is None else at_token(lse_error),
+    name = dtype if isinstance(dtype, str) else np.dtype(dtype).name
+    limits = tolerance_of(name)
+    if tolerance is not None:
+        limits = Tolerance(tolerance, limits.lse)
+        reference = without_scores(reference)
+    allowed = allowance(reference, name, limits)
+    got, expected = np.asarray(_array(out, "out"), dtype=np.float64), reference.out
+    _check_shape("out", got.shape, expected.shape)
+    difference, mismatch = _difference(got, expected)
+    difference = np.where(allowed.out_determined[..., None] | mismatch, difference, 0.0)
+    determined, lse_error = allowed.out_determined, None
+    if lse is not None:
+        lse_error = _lse_error(_array(lse, "lse"), reference, allowed)
+        determined = determined & allowed.lse_determined
+    row_norms, element = norms(difference), _argmax(difference)
+    size = norms(np.where(allowed.out_determined, norms(finite(expected)), 0.0).ravel())
+    with np.errstate(over="ignore"):  # beyond float64 is infinitely wrong
+        row = _worst_row(row_norms / allowed.size, allowed.row, reference.rows)
+    return ErrorReport(
+        frobenius=_ratio(float(norms(row_norms.ravel())), float(size)),
+        worst_row=row,
+        worst_element=ElementError(
+            _at_token(element, reference.rows), *(float(array[element]) for array in (difference, got, expected))
+        ),
+        nans=int(np.isnan(got).sum()),
+        infs=int(np.isinf(got).sum()),
+        mismatches=int(mismatch.sum()),
+        rows=row_norms.size,
+        tolerance=limits,
+        lse=lse_error,
         seed=seed,
+        inherent=allowed.frobenius,
+        undetermined=int((~determined).sum()),
+        arithmetic=reference.arithmetic,
     )
+
+
+def _worst_row(errors: np.ndarray, inherent: np.ndarray, rows: np.ndarray) -> RowError:
+    """The row whose error is furthest above what it may have, by its token number."""
+    worst = _argmax(errors - inherent)
+    return RowError(_at_token(worst, rows), float(errors[worst]), float(inherent[worst]))
+
+
+def _at_token(index: Index, rows: np.ndarray) -> Index:
+    batch, head, row, *rest = index
+    return batch, head, int(rows[row]), *rest
 
 
 @dataclass(frozen=True, slots=True)
@@ -186,9 +147,15 @@ class _Block:
     leading: Index
     part: Range
 
-    def of(self, array: Any) -> np.ndarray:
-        """That part of ``array`` as float64 in NumPy; CuPy arrays must be asked with ``get``."""
+    def of(self, array: Any, argument: str) -> np.ndarray:
+        """That part of ``array`` as float64 in NumPy; CuPy arrays must be asked with ``get``.
+
+        Raises ArgumentError, naming ``argument``, where elements are masked, as those of netCDF4's variables may be.
+        """
         block = array[(*self.leading, self.part.slice)]
+        if np.ma.is_masked(block):
+            remedy = "Compare what is not masked, or fill it on purpose."
+            raise ArgumentError(argument, "masked elements", "an array of numbers", remedy)
         with np.errstate(invalid="ignore"):  # some NaNs of damaged data
             return np.asarray(block.get() if hasattr(block, "get") else block).astype(np.float64, copy=False)
 
@@ -212,7 +179,7 @@ def _tally(out: Any, reference: Any) -> _Tally:
     _check_shape("out", out.shape, reference.shape)
     tally = _Tally(rows=math.prod(reference.shape[:-1]))
     for block in _blocks(tuple(reference.shape)):
-        tally.add(block, block.of(out), block.of(reference))
+        tally.add(block, block.of(out, "out"), block.of(reference, "reference"))
     return tally
 
 
@@ -226,20 +193,20 @@ class _Tally:
     nans: int = 0
     infs: int = 0
     mismatches: int = 0
-    worst_row: RowError = RowError((), -1.0)
-    worst_element: ElementError = ElementError((), -1.0, 0.0, 0.0)
+    worst_row: RowError = _NO_ROW
+    worst_element: ElementError = _NO_ELEMENT
 
     def add(self, block: _Block, got: np.ndarray, expected: np.ndarray) -> None:
         difference, mismatch = _difference(got, expected)
-        difference_norms, size_norms = _norms(difference), _norms(_finite(expected))
-        self.difference = math.hypot(self.difference, float(_norms(difference_norms.ravel())))
-        self.size = math.hypot(self.size, float(_norms(size_norms.ravel())))
+        difference_norms, size_norms = norms(difference), norms(finite(expected))
+        self.difference = math.hypot(self.difference, float(norms(difference_norms.ravel())))
+        self.size = math.hypot(self.size, float(norms(size_norms.ravel())))
         self.nans += int(np.isnan(got).sum())
         self.infs += int(np.isinf(got).sum())
         self.mismatches += int(mismatch.sum())
 
         with np.errstate(over="ignore"):  # beyond float64 is infinitely wrong
-            row_errors = difference_norms / _row_scale(size_norms)
+            row_errors = difference_norms / row_scale(size_norms)
         row, element = _argmax(row_errors), _argmax(difference)
         if row_errors[row] > self.worst_row.error:
             self.worst_row = RowError(block.place(row), float(row_errors[row]))
@@ -247,10 +214,10 @@ class _Tally:
             values = (float(array[element]) for array in (difference, got, expected))
             self.worst_element = ElementError(block.place(element), *values)
 
-    def report(self, tolerance: Tolerance) -> ErrorReport:
+    def report(self, tolerance: Tolerance, dim: int) -> ErrorReport:
         return ErrorReport(
             frobenius=_ratio(self.difference, self.size),
-            worst_row=self.worst_row,
+            worst_row=replace(self.worst_row, inherent=tolerance.row_of(dim) - tolerance.row),
             worst_element=self.worst_element,
             nans=self.nans,
             infs=self.infs,
@@ -269,33 +236,11 @@ def _difference(got: np.ndarray, expected: np.ndarray) -> tuple[np.ndarray, np.n
     return np.where(mismatch, np.inf, difference), mismatch
 
 
-def _lse_error(lse: Any, expected: np.ndarray) -> RowError:
-    _check_shape("lse", lse.shape, expected.shape)
-    difference, _ = _difference(np.asarray(lse, dtype=np.float64), expected)
-    error = difference / np.maximum(1.0, np.abs(_finite(expected)))
-    worst = _argmax(error)
-    return RowError(worst, float(error[worst]))
-
-
-def _finite(values: np.ndarray) -> np.ndarray:
-    return np.where(np.isfinite(values), values, 0.0)
-
-
-def _norms(values: np.ndarray) -> np.ndarray:
-    """Euclidean norms along the last axis, of any magnitude: scaled so that squares neither overflow nor vanish."""
-    largest = np.abs(values).max(axis=-1, keepdims=True)
-    scale = np.where((largest == 0) | np.isinf(largest), 1.0, largest)
-    with np.errstate(over="ignore"):
-        return scale[..., 0] * np.sqrt(np.square(values / scale).sum(axis=-1))
-
-
-def _row_scale(norms: np.ndarray) -> np.ndarray:
-    """What each row's error is relative to: its norm, or the median of the nonzero ones beside it; 1 if all are 0."""
-    ordered = np.sort(np.atleast_1d(norms), axis=-1)
-    zeros = (ordered == 0).sum(axis=-1, keepdims=True)
-    middle = np.minimum((zeros + ordered.shape[-1]) // 2, ordered.shape[-1] - 1)
-    scale = np.maximum(norms, np.take_along_axis(ordered, middle, axis=-1)).reshape(norms.shape)
-    return np.where((scale == 0) | np.isinf(scale), 1.0, scale)
+def _lse_error(lse: Any, reference: ReferenceRows, allowed: Allowance) -> RowError:
+    _check_shape("lse", lse.shape, reference.lse.shape)
+    difference, mismatch = _difference(np.asarray(lse, dtype=np.float64), reference.lse)
+    difference = np.where(allowed.lse_determined | mismatch, difference, 0.0)
+    return _worst_row(difference / np.maximum(1.0, np.abs(finite(reference.lse))), allowed.lse, reference.rows)
 
 
 def _ratio(error: float, size: float) -> float:
@@ -309,8 +254,13 @@ def _argmax(values: np.ndarray) -> Index:
     return tuple(int(i) for i in np.unravel_index(np.argmax(values), values.shape))
 
 
-def _array(value: Any) -> Any:
-    return value if hasattr(value, "shape") and hasattr(value, "dtype") else np.asarray(value)
+def _array(value: Any, argument: str) -> Any:
+    """``value``, which slices, or what can be taken over of it."""
+    check_open(value, argument)
+    check_comparable(value, argument)
+    if hasattr(value, "shape") and isinstance(getattr(value, "dtype", None), np.dtype):
+        return value
+    return as_array(value, argument) if hasattr(value, "__dlpack__") else np.asarray(value)
 
 
 def _check_shape(argument: str, shape: Index, expected: Index) -> None:
@@ -319,16 +269,3 @@ def _check_shape(argument: str, shape: Index, expected: Index) -> None:
     if not shape or 0 in shape:
         wanted = "at least one axis and one element"
         raise ArgumentError(argument, f"shape {shape}", wanted, "Nothing compared is not a pass.")
-
-
-def _tolerance_of(dtype: Any) -> Tolerance:
-    name = dtype if isinstance(dtype, str) else np.dtype(dtype).name
-    if name not in TOLERANCES:
-        raise ArgumentError("dtype", name, f"one of {', '.join(TOLERANCES)}", "Pass tolerance= to compare others.")
-    return TOLERANCES[name]
-
-
-def _json_safe(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _json_safe(item) for key, item in value.items()}
-    return str(value) if isinstance(value, float) and not math.isfinite(value) else value

@@ -1,14 +1,15 @@
 """Attention of chosen query rows in float64, straight from the formula: the judge of every other result.
 
 Two passes over the keys, in blocks: first each row's largest score, then the sums of ``exp(score - largest)``. No state
-is ever re-based or merged, so that nothing is shared with the code that is judged. Memory is a few blocks of
+is ever re-based or merged, so that nothing is shared with the code that is judged. Where it is asked for, the second
+pass also finds how far the result moves when scores are rounded (docs/design/exactness.md). Memory is a few blocks of
 ``block_tokens`` tokens plus the rows asked for, however long the sequence.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Protocol
 
 import numpy as np
@@ -16,9 +17,16 @@ import numpy as np
 from .errors import ArgumentError
 from .masks import Mask
 from .ranges import Range
+from .rounding import Repeats, Rounding, ScoreRounding
 
 # Query rows (times query heads of one group) that pass over the keys together: 256 x 4096 float64 scores are 8 MiB.
 _ROWS_AT_ONCE = 256
+
+# Keys whose scores are held at once: few enough to stay in the processor's cache.
+_PIECE_TOKENS = 2048
+
+# How many keys are added before the running sum of values is looked at.
+_LOOK_TOKENS = 1024
 
 
 class TokenBlocks(Protocol):
@@ -37,11 +45,14 @@ class ReferenceRows:
     """Exact results of R chosen query rows, the same for every batch and head.
 
     ``rows`` (R,) int64 are token numbers, ``out`` (batch, heads, R, Dv) and ``lse`` (batch, heads, R) are float64.
+    ``rounding``, in ``arithmetic``, is None where it was not asked for.
     """
 
     rows: np.ndarray
     out: np.ndarray
     lse: np.ndarray
+    rounding: Rounding | None = None
+    arithmetic: str | None = None
 
 
 def sample_rows(tokens: int, count: int, seed: int) -> np.ndarray:
@@ -70,6 +81,7 @@ def reference_rows(
     *,
     mask: Mask,
     scale: float,
+    arithmetic: str | None = None,
     block_tokens: int = 4096,
 ) -> ReferenceRows:
     """Softmax attention of ``rows`` of every batch and head, in float64.
@@ -79,7 +91,12 @@ def reference_rows(
 
     NaN and infinities follow the formula: a row that sees a NaN or +inf score is NaN, a visible weight 0 times a value
     inf is NaN, and keys that the mask hides touch nothing, whatever they hold. One exception: a row without a visible
-    key, or with only -inf scores, is 0 with log-sum-exp -inf. Raises ArgumentError for shapes or rows that do not fit.
+    key, or with only -inf scores, is 0 with log-sum-exp -inf.
+
+    ``arithmetic``, "float32" or "float64", asks for ``rounding`` in it: a score counts as known to ``SCORE_ERROR`` of
+    the sizes that are rounded on the way to it.
+
+    Raises ArgumentError for shapes or rows that do not fit.
 
     >>> import cqsa_arrays.masks
     >>> class Ones:
@@ -96,6 +113,7 @@ def reference_rows(
     batches, heads, group = q.shape[0], q.shape[1], q.shape[1] // k.shape[1]
     out = np.empty((batches, heads, len(rows), v.shape[3]))
     lse = np.empty(out.shape[:3])
+    rounding = None if arithmetic is None else Rounding(*(np.empty(lse.shape) for _ in fields(Rounding)))
     for b in range(batches):
         for key_head in range(k.shape[1]):
             query_heads = Range(key_head * group, (key_head + 1) * group)
@@ -103,8 +121,21 @@ def reference_rows(
                 queries = scale * _read_rows(q, b, query_heads, rows[part.slice])
                 strip = _Strip(k, v, b, key_head, [mask.keys_of(int(row), k.shape[2]) for row in rows[part.slice]])
                 target = (b, query_heads.slice, part.slice)
-                out[target], lse[target] = strip.attend(queries, block_tokens)
-    return ReferenceRows(rows, out, lse)
+                found = strip.attend(queries, block_tokens, arithmetic)
+                out[target], lse[target] = found.out, found.lse
+                if rounding is not None and found.rounding is not None:
+                    for field in fields(Rounding):
+                        getattr(rounding, field.name)[target] = getattr(found.rounding, field.name)
+    return ReferenceRows(rows, out, lse, rounding, arithmetic)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Found:
+    """Results of one strip: out (g, R, Dv) and lse (g, R); rounding where it was asked for."""
+
+    out: np.ndarray
+    lse: np.ndarray
+    rounding: Rounding | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,21 +148,38 @@ class _Strip:
     head: int
     seen: list[Range]
 
-    def attend(self, queries: np.ndarray, block_tokens: int) -> tuple[np.ndarray, np.ndarray]:
-        """Output (g, R, Dv) and log-sum-exp (g, R) of scaled ``queries`` (g, R, D)."""
+    def attend(self, queries: np.ndarray, block_tokens: int, arithmetic: str | None) -> _Found:
+        """The results of scaled ``queries`` (g, R, D)."""
         largest = np.full(queries.shape[:2], -np.inf)
+        repeats = Repeats()
+        for tokens, visible in self._visible_blocks(block_tokens):
+            keys = self._read(self.k, tokens)
+            largest = np.maximum(largest, _scores(queries, keys, visible).max(axis=2))
+            if arithmetic is not None:
+                repeats.look_at(keys)
+        nothing = largest == -np.inf
         weight_sum = np.zeros(queries.shape[:2])
         value_sum = np.zeros((*queries.shape[:2], self.v.shape[3]))
+        shift, moved = np.where(nothing, 0.0, largest), None
+        if arithmetic is not None:
+            moved = ScoreRounding(queries, shift, value_sum.shape[2], arithmetic, repeats=repeats.found)
         for tokens, visible in self._visible_blocks(block_tokens):
-            largest = np.maximum(largest, self._scores(queries, tokens, visible).max(axis=2))
-        nothing = largest == -np.inf
-        shift = np.where(nothing, 0.0, largest)[..., None]
-        for tokens, visible in self._visible_blocks(block_tokens):
-            weights = np.exp(self._scores(queries, tokens, visible) - shift)
-            weight_sum += weights.sum(axis=2)
-            value_sum += _weighted_sum(weights, self._read(self.v, tokens), visible)
+            keys, values = self._read(self.k, tokens), self._read(self.v, tokens)
+            for piece in Range(0, len(tokens)).split(_PIECE_TOKENS):
+                part = piece.slice
+                scores = _scores(queries, keys[part], visible[:, part])
+                weights = np.exp(scores - shift[..., None])
+                weight_sum += weights.sum(axis=2)
+                for few in Range(0, len(piece)).split(_LOOK_TOKENS):
+                    these = Range(piece.start + few.start, piece.start + few.stop).slice
+                    value_sum += _weighted_sum(weights[..., few.slice], values[these], visible[:, these])
+                    if moved is not None:
+                        moved.look_at(value_sum)
+                if moved is not None:
+                    moved.add(scores, weights, keys[part], values[part])
         out = np.where(nothing[..., None], 0.0, value_sum / weight_sum[..., None])
-        return out, largest + np.log(weight_sum)
+        lse = largest + np.log(weight_sum)
+        return _Found(out, lse, None if moved is None else moved.result(out, lse, weight_sum))
 
     def _visible_blocks(self, block_tokens: int) -> Iterator[tuple[Range, np.ndarray]]:
         """The key blocks that any row sees, each with its boolean (R, tokens) visibility."""
@@ -143,11 +191,12 @@ class _Strip:
             if visible.any():
                 yield tokens, visible
 
-    def _scores(self, queries: np.ndarray, tokens: Range, visible: np.ndarray) -> np.ndarray:
-        return np.where(visible, queries @ self._read(self.k, tokens).T, -np.inf)
-
     def _read(self, source: TokenBlocks, tokens: Range) -> np.ndarray:
         return _read_block(source, self.batch, Range(self.head, self.head + 1), tokens)[0]
+
+
+def _scores(queries: np.ndarray, keys: np.ndarray, visible: np.ndarray) -> np.ndarray:
+    return np.where(visible, queries @ keys.T, -np.inf)
 
 
 def _weighted_sum(weights: np.ndarray, values: np.ndarray, visible: np.ndarray) -> np.ndarray:

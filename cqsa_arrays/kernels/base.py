@@ -19,6 +19,15 @@ class KeyBlock:
     values: Any
 
 
+def in_token_order(blocks: Sequence[KeyBlock]) -> list[KeyBlock]:
+    """``blocks`` as every kernel takes them, in the order of their tokens.
+
+    A kernel leaves out keys that none of the rows around a row sees. Only where these are the last ones, the spans in
+    which that row sums up are the same whichever rows are around it: a part of a step may begin anywhere.
+    """
+    return sorted(blocks, key=lambda block: block.start)
+
+
 class Kernel(Protocol):
     """Block statistics of queries against key blocks, merged into a state."""
 

@@ -8,6 +8,8 @@ import threading
 from pathlib import Path
 from types import SimpleNamespace
 
+import pytest
+
 import cqsa_arrays
 from cqsa_arrays.kernels.cpu import kernel
 
@@ -50,12 +52,18 @@ def run_child(cache, *dtypes):
     return json.loads(start_child(cache, CHILD, *dtypes))
 
 
-def test_the_first_process_compiles_and_says_so_the_second_loads(tmp_path):
-    first = run_child(tmp_path, "float32")
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory):
+    """A folder for what is compiled here: a kernel takes ten seconds."""
+    return tmp_path_factory.mktemp("cache")
+
+
+def test_the_first_process_compiles_and_says_so_the_second_loads(cache):
+    first = run_child(cache, "float32")
     assert (first["imported"], first["hits"], first["misses"]) == (0, 0, 1)
     assert [level for level, _ in first["messages"]] == ["INFO"]
     assert "compiling the float32 kernel" in first["messages"][0][1]
-    second = run_child(tmp_path, "float32", "float32")
+    second = run_child(cache, "float32", "float32")
     assert second == {"imported": 0, "hits": 1, "misses": 0, "messages": []}
 
 
@@ -73,7 +81,7 @@ from cqsa_arrays.kernels.cpu.attend import attend_group
 from cqsa_arrays.kernels.cpu.kernel import CpuKernel, load
 
 x = np.ones((1, 2, 500, 8), "float32")
-kernel = CpuKernel("float32", rows=500, head_dim=8, value_dim=8, threads=2)
+kernel = CpuKernel("float32", rows=500, head_dim=8, value_dim=8, threads=1)
 other = threading.Thread(target=load, args=("float64",))
 other.start()
 while other.is_alive():
@@ -84,8 +92,8 @@ assert len(attend_group.signatures) == 2, attend_group.signatures
 """
 
 
-def test_a_kernel_runs_while_another_is_loaded(tmp_path):
-    start_child(tmp_path, CALLS_WHILE_LOADING)
+def test_a_kernel_runs_while_another_is_loaded(cache):
+    start_child(cache, CALLS_WHILE_LOADING)
 
 
 def test_code_is_never_loaded_by_the_main_thread(monkeypatch) -> None:

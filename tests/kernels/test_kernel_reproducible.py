@@ -8,6 +8,7 @@ import pytest
 from kernel_cases import FULL, GuardedState, PoisonedKernel, blocks_of, normal, nothing, run_fast, same_bits
 
 from cqsa_arrays.block_statistics import BlockStatistics
+from cqsa_arrays.kernels.cpu.tiles import SPAN_KEYS
 
 THREADS = (1, 2, 3, 5)
 ARGUMENTS = {"diagonal": 300, "scale": 0.3}
@@ -53,6 +54,23 @@ def test_rows_have_the_same_bits_alone_and_among_others(dtype):
         part = np.s_[:, :, first:last]
         alone = run_fast(queries[part], first, blocks, **ARGUMENTS)
         assert same_bits(alone, BlockStatistics(whole.acc[part], whole.m[part], whole.l[part]))
+
+
+@pytest.mark.parametrize("order", [(0, 1, 2), (2, 0, 1), (1, 2, 0)], ids=str)
+def test_rows_have_the_same_bits_alone_however_many_keys_others_see(dtype, order):
+    """Spans of keys end where they end for one row: pieces may come in any order, as a quorum has them."""
+    rng = np.random.default_rng(3)
+    tokens = 2 * SPAN_KEYS + 500
+    keys, values = (normal(rng, 1, 1, tokens, 2, dtype=dtype) for _ in range(2))
+    queries = normal(rng, 1, 1, 150, 2, dtype=dtype)
+    pieces = blocks_of(keys, values, (SPAN_KEYS - 700, 2 * SPAN_KEYS - 900))
+    for border in (SPAN_KEYS - 700, 2 * SPAN_KEYS - 900, tokens):  # the rows end inside each of the pieces
+        first, blocks = border - 200, [pieces[i] for i in order]
+        whole = run_fast(queries, first, blocks, diagonal=0, scale=0.3)
+        for start, stop in ((0, 1), (0, 48), (40, 60), (96, 150), (149, 150)):
+            part = np.s_[:, :, start:stop]
+            alone = run_fast(queries[part], first + start, blocks, diagonal=0, scale=0.3)
+            assert same_bits(alone, BlockStatistics(whole.acc[part], whole.m[part], whole.l[part])), (border, start)
 
 
 def repeatedly(kernel, queries, blocks, times):

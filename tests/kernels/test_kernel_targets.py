@@ -1,11 +1,13 @@
 """Other processors: the right tile, right results, fused multiply-adds, and inner loops that stay in registers."""
 
+import functools
 import json
 import os
 import platform
 import re
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
@@ -54,17 +56,12 @@ def targets():
     llvm.initialize_all_asmprinters()
 
 
-@pytest.fixture(scope="module")
-def cache(tmp_path_factory):
-    """One cache for all foreign processors: code for one must not be taken for another."""
-    return tmp_path_factory.mktemp("numba")
-
-
-def compile_function(kind, dtype, family, triple, processor):
+@functools.cache
+def compile_function(kind, tile, triple, processor):
     """Assembly of one vector function, alone in its module."""
     module = ir.Module()
     module.triple = triple
-    vector_function(module, tile_for(family, dtype), kind).linkage = "external"
+    vector_function(module, tile, kind).linkage = "external"
     parsed = llvm.parse_assembly(str(module))
     parsed.verify()
     machine = llvm.Target.from_triple(triple).create_target_machine(cpu=processor, opt=3)
@@ -81,7 +78,8 @@ def compile_function(kind, dtype, family, triple, processor):
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_every_function_compiles_to_code_without_calls(kind, dtype, processor):
     """Only ``copy`` calls anything: a fused multiply-add that the processor lacked would become a call."""
-    assembly = compile_function(kind, dtype, *PROCESSORS[processor], processor)
+    family, triple = PROCESSORS[processor]
+    assembly = compile_function(kind, tile_for(family, dtype), triple, processor)
     assert bool(calls(assembly)) == (kind == "copy")
     assert ("memcpy" in assembly) == (kind == "copy")
 
@@ -92,7 +90,7 @@ def test_every_function_compiles_to_code_without_calls(kind, dtype, processor):
 def test_products_stay_in_registers(kind, dtype, processor):
     family, triple = PROCESSORS[processor]
     tile = tile_for(family, dtype)
-    loops = hot_loops(compile_function(kind, dtype, family, triple, processor), family, tile.vectors * tile.keys)
+    loops = hot_loops(compile_function(kind, tile, triple, processor), family, tile.vectors * tile.keys)
     assert loops
     for loop in loops:
         assert loop.spills == []
@@ -105,7 +103,7 @@ def test_masked_products_stay_in_registers_too(dtype, processor):
     """Their tile has half the keys, which leaves registers for the masks and the masked scalars."""
     family, triple = PROCESSORS[processor]
     tile = tile_for(family, dtype)
-    assembly = compile_function("masked_values", dtype, family, triple, processor)
+    assembly = compile_function("masked_values", tile, triple, processor)
     loops = hot_loops(assembly, family, tile.vectors * tile.keys // 2)
     assert loops
     assert all(loop.compares and loop.spills == [] for loop in loops)
@@ -115,12 +113,11 @@ def test_masked_products_stay_in_registers_too(dtype, processor):
     ("family", "processor", "triple"),
     [("avx512", "skylake-avx512", X86), ("avx2", "haswell", X86), ("neon", "generic", ARM)],
 )
-def test_the_search_for_spills_finds_them(monkeypatch, family, processor, triple):
+def test_the_search_for_spills_finds_them(family, processor, triple):
     """With twice the keys in a tile the accumulators cannot fit the registers."""
     large = replace(tile_for(family, "float32"), keys=16)
-    monkeypatch.setitem(globals(), "tile_for", lambda family, dtype: large)
     for kind in ("scores", "values"):
-        loops = hot_loops(compile_function(kind, "float32", family, triple, processor), family, large.vectors * 8)
+        loops = hot_loops(compile_function(kind, large, triple, processor), family, large.vectors * 8)
         assert any(loop.spills for loop in loops)
 
 
@@ -152,33 +149,52 @@ g:
     assert len(functions(text)) == 3
 
 
+def missing_here(processor):
+    """The features of ``processor`` that this machine lacks; its kind, where that is another."""
+    host, needed = llvm.get_host_cpu_features(), FOREIGN[processor][2]
+    return {feature for feature in needed if not host.get(feature)} if platform.machine() == "x86_64" else {"x86_64"}
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory):
+    """One cache for all foreign processors: code for one must not be taken for another."""
+    return tmp_path_factory.mktemp("numba")
+
+
+@pytest.fixture(scope="module")
+def children(cache, tmp_path_factory):
+    """The kernels compiled for each foreign processor and tried, all at the same time: a folder and what came of it."""
+
+    def compile_and_try(processor):
+        name, features, *_ = FOREIGN[processor]
+        folder = tmp_path_factory.mktemp(processor)
+        environment = {
+            **os.environ,
+            "NUMBA_CPU_NAME": name,
+            "NUMBA_CPU_FEATURES": features,
+            "NUMBA_CACHE_DIR": str(cache),
+            "PYTHONPATH": f"{Path(cqsa_arrays.__file__).parents[1]}{os.pathsep}{HERE}",
+        }
+        argv = [sys.executable, HERE / "target_child.py", folder]
+        return folder, subprocess.run(argv, env=environment, capture_output=True, text=True, timeout=600, check=False)
+
+    able = [processor for processor in FOREIGN if not missing_here(processor)]
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        return dict(zip(able, pool.map(compile_and_try, able), strict=True))
+
+
 @pytest.mark.parametrize("processor", FOREIGN)
-def test_other_processors_compute_right(processor, cache, tmp_path):
+def test_other_processors_compute_right(processor, children):
     """The whole kernel, compiled for another processor whose instructions this one has."""
-    name, features, needed, family = FOREIGN[processor]
-    host = llvm.get_host_cpu_features()
-    missing = {feature for feature in needed if not host.get(feature)}
-    if platform.machine() != "x86_64" or missing:
-        pytest.skip(f"this {platform.machine()} lacks {sorted(missing)}")
-    environment = {
-        **os.environ,
-        "NUMBA_CPU_NAME": name,
-        "NUMBA_CPU_FEATURES": features,
-        "NUMBA_CACHE_DIR": str(cache),
-        "PYTHONPATH": f"{Path(cqsa_arrays.__file__).parents[1]}{os.pathsep}{HERE}",
-    }
-    child = subprocess.run(
-        [sys.executable, HERE / "target_child.py", tmp_path],
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
+    if processor not in children:
+        pytest.skip(f"this {platform.machine()} lacks {sorted(missing_here(processor))}")
+    family = FOREIGN[processor][3]
+    folder, child = children[processor]
     assert child.returncode == 0, child.stderr
     report = json.loads(child.stdout)
     assert report == {"tiles": dict.fromkeys(DTYPES, family), "hits": 0}
     for dtype in DTYPES:
-        assembly = (tmp_path / f"{dtype}.s").read_text()
+        assembly = (folder / f"{dtype}.s").read_text()
         width = {"avx512": "zmm", "avx2": "ymm", "sse2": "xmm"}[family]
         assert re.search(rf"%{width}\d", assembly)
         assert not re.search(r"%zmm\d", assembly) or family == "avx512"
@@ -189,3 +205,7 @@ def test_other_processors_compute_right(processor, cache, tmp_path):
         products = [loop for loop in hot_loops(assembly, family, tile.vectors * tile.keys) if loop.product]
         assert len(products) >= 2  # scores and values
         assert [loop.spills for loop in products] == [[]] * len(products)
+
+
+def test_each_processor_has_code_of_its_own(children, cache):
+    assert len(list(cache.rglob("*.nbc"))) == len(DTYPES) * len(children)

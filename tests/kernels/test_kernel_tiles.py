@@ -97,8 +97,10 @@ def test_the_parts_of_the_scratch_fit_and_are_aligned(dtype, family, shape):
     packed, span, total, *others = _carve.py_func(scratch, panels, head_dim, columns, tile.rows)
     parts = [*total, packed, *span, *others]
     state = [(panels, columns, tile.rows), (panels, tile.rows), (panels, tile.rows)]
+    low = columns + 1 if dtype == "float64" else 0
+    totals = [(panels, columns + 1, tile.rows), (panels, low, tile.rows), state[1], state[2], (2, tile.rows)]
     wanted = [
-        *state, (panels, head_dim, tile.rows), *state, (tile.rows,), (tile.rows,), (tile.rows,),
+        *totals, (panels, head_dim, tile.rows), *state, state[1], (tile.rows,), (tile.rows,), (tile.rows,),
         (BLOCK_KEYS * tile.rows,),
     ]  # fmt: skip
     assert all(part.dtype == np.float64 for part in total)

@@ -15,6 +15,7 @@ from numba import types
 from numba.core.registry import cpu_target
 from numba.extending import intrinsic
 
+from ...forks import once
 from .tiles import Tile, instruction_set, tile_for
 from .vector_ir import vector_function
 
@@ -25,6 +26,7 @@ def target_tile(context: Any, dtype: str) -> Tile:
     return tile_for(instruction_set(triple, features), dtype)
 
 
+@once
 def host_tile(dtype: str) -> Tile:
     """The tile of this machine."""
     return target_tile(cpu_target.target_context, dtype)

@@ -16,10 +16,13 @@ from ...buffers import allocate
 from ...compiled import entry_point
 from ...ranges import Range
 from ...workers import Workers
-from ..base import KeyBlock
+from ..base import KeyBlock, in_token_order
 from .attend import attend_group, signature
 from .intrinsics import host_tile
-from .tiles import group_panels
+from .tiles import SHARING_PANELS, group_panels
+
+# Of a head, where nothing is known of the threads and the heads.
+MANY_ITEMS = 1 << 20
 
 
 def load(dtype: str) -> Callable[..., None]:
@@ -28,13 +31,19 @@ def load(dtype: str) -> Callable[..., None]:
 
 
 class CpuKernel:
-    """``Kernel`` on NumPy arrays with ``threads`` threads; queries come in blocks of at most ``rows`` rows."""
+    """``Kernel`` on NumPy arrays with ``threads`` threads; queries come in blocks of at most ``rows`` rows.
 
-    def __init__(self, dtype: str, *, rows: int, head_dim: int, value_dim: int, threads: int) -> None:
+    ``least_items`` work items of a head are enough to keep the threads busy: few rows are cut into no more than these.
+    """
+
+    def __init__(
+        self, dtype: str, *, rows: int, head_dim: int, value_dim: int, threads: int, least_items: int = MANY_ITEMS
+    ) -> None:
         self._attend_group = load(dtype)
         self._tile = host_tile(dtype)
         self._shape = (head_dim, value_dim)
-        self._most_rows = rows
+        self._most_rows, self._least_items = rows, least_items
+        self._most_panels = group_panels(self._tile, rows, head_dim, value_dim)
         size_bytes = self._tile.scratch_bytes(rows, head_dim, value_dim)
         self._scratch = deque(allocate(size_bytes // self._tile.itemsize, dtype) for _ in range(threads))
         self._workers = Workers(threads, "kernel")
@@ -54,7 +63,9 @@ class CpuKernel:
         batches, heads, rows, head_dim = queries.shape
         if rows > self._most_rows or (head_dim, state.acc.shape[3]) != self._shape:
             raise ValueError(f"queries {queries.shape} and acc {state.acc.shape} are not what this kernel was made for")
-        step = self._tile.rows * group_panels(self._tile, rows, *self._shape)
+        blocks = in_token_order(blocks)
+        sharing = min(SHARING_PANELS, self._most_panels, -(-rows // (self._tile.rows * self._least_items)))
+        step = self._tile.rows * max(sharing, group_panels(self._tile, rows, *self._shape))
         # Last rows first: under a causal mask they see most keys, and long items at the end would leave threads idle.
         items = [
             (b, h, start) for start in reversed(range(0, rows, step)) for b in range(batches) for h in range(heads)

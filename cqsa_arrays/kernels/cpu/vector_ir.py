@@ -22,7 +22,7 @@ from functools import partial
 import numpy as np
 from llvmlite import ir
 
-from .tiles import Tile
+from .tiles import PART_KEYS, Tile
 
 I64 = ir.IntType(64)
 BYTES = ir.IntType(8).as_pointer()
@@ -126,10 +126,10 @@ class Emitter:
     def exp(self, x: ir.Value) -> ir.Value:
         """exp(x) for x <= 0, to about one unit in the last place; NaN stays NaN.
 
-        Below 2**-100 (2**-960 in double precision) it is exactly 0: smaller weights cannot be seen beside the row's
-        largest, which is 1, but their products with values would be subnormal, and those take a hundred cycles each.
-        2**n is built by adding a constant whose low bits then hold n plus the exponent bias. The comparison is
-        unordered, so that a NaN is kept: NaN times whatever 2**n has become is NaN.
+        Below 2**-100 (2**-960 in double precision) it is exactly 0: products of smaller weights with values would be
+        subnormal, and those take a hundred cycles each. 2**n is built by adding a constant whose low bits then hold n
+        plus the exponent bias. The comparison is unordered, so that a NaN is kept: NaN times whatever 2**n has become
+        is NaN.
         """
         mantissa, bias, degree, lowest = _FORMATS[self.tile.dtype]
         log2e = self.constant(float(np.log2(np.e)))
@@ -150,6 +150,12 @@ def _clamped(e: Emitter, first: ir.Value, count: ir.Value, offset: int) -> ir.Va
     """``min(first + offset, count - 1)``: a ragged tile repeats its last member instead of reading past the end."""
     wanted, last = e.build.add(first, I64(offset)), e.build.sub(count, I64(1))
     return e.build.select(e.build.icmp_signed("<", wanted, last), wanted, last)
+
+
+def _rest(e: Emitter, first: ir.Value, count: ir.Value, most: int) -> ir.Value:
+    """``min(count - first, most)``."""
+    left = e.build.sub(count, first)
+    return e.build.select(e.build.icmp_signed("<", left, I64(most)), left, I64(most))
 
 
 def _multiply_tile(
@@ -257,11 +263,16 @@ def _weights(
         bases.append(base)
         e.store(new, m, 0, v)
         e.store(e.exp(e.build.fsub(old, base)), alpha, 0, v)
-    with e.loop(count) as i:
+    with e.loop(count, PART_KEYS) as first:
+        part = e.variables(e.tile.vectors, e.constant(0.0))
+        with e.loop(_rest(e, first, count, PART_KEYS)) as j:
+            i = e.build.add(first, j)
+            for v in vectors:
+                weight = e.exp(e.build.fsub(e.load(scores, i, v), bases[v]))
+                e.store(weight, scores, i, v)
+                e.build.store(e.build.fadd(e.build.load(part[v]), weight), part[v])
         for v in vectors:
-            weight = e.exp(e.build.fsub(e.load(scores, i, v), bases[v]))
-            e.store(weight, scores, i, v)
-            e.build.store(e.build.fadd(e.build.load(sums[v]), weight), sums[v])
+            e.build.store(e.build.fadd(e.build.load(sums[v]), e.build.load(part[v])), sums[v])
     for v in vectors:
         e.store(e.fma(e.load(normalizer, 0, v), e.load(alpha, 0, v), e.build.load(sums[v])), normalizer, 0, v)
 
@@ -281,16 +292,21 @@ def _values(
 ) -> None:
     """values(weights, values, value_stride_bytes, key_count, value_dim, alpha, limits, in/out accumulator).
 
-    The masked variant never multiplies an invisible value: 0 * NaN would let it reach a row that cannot see it. Its
-    tile is half as wide, for the masked scalars need registers too.
+    Products of ``PART_KEYS`` keys start from zero and are added to the accumulator. The masked variant never multiplies
+    an invisible value: 0 * NaN would let it reach a row that cannot see it. Its tile is half as wide, for the masked
+    scalars need registers too.
     """
-    visible = _visible(e, limits) if masked else None
+    seen = _visible(e, limits)
     width = e.tile.keys // 2 if masked else e.tile.keys
-    with e.loop(value_dim, width) as first:
-        pointers = [e.address(values, _clamped(e, first, value_dim, j)) for j in range(width)]
-        products = _multiply_tile(e, pointers, stride, weights, count, visible)
+    with e.loop(value_dim, width) as first, e.loop(count, PART_KEYS) as begin:
+        offset = e.build.mul(begin, stride)
+        pointers = [e.build.gep(e.address(values, _clamped(e, first, value_dim, j)), [offset]) for j in range(width)]
+        panel = e.address(weights, e.build.mul(begin, I64(e.tile.rows)))
+        visible = (lambda i, v: seen(e.build.add(begin, i), v)) if masked else None
+        products = _multiply_tile(e, pointers, stride, panel, _rest(e, begin, count, PART_KEYS), visible)
+        at_first = e.build.icmp_signed("==", begin, I64(0))
         for v in range(e.tile.vectors):
-            factor = e.load(alpha, 0, v)
+            factor = e.build.select(at_first, e.load(alpha, 0, v), e.constant(1.0))
             for j in range(width):
                 column = e.build.add(first, I64(j))
                 e.store(e.fma(e.load(accumulator, column, v), factor, products[j][v]), accumulator, column, v)

@@ -4,7 +4,7 @@
 // row sees, merged into the row's state or finished:
 //
 //   score  s_j = scale * q . k_j                    for keys  low(row) <= j < high(row)
-//   state  m = max s_j,  l = sum exp(s_j - m),  acc = sum exp(s_j - m) v_j       natural logarithm, acc row-major
+//   state  l = sum exp(s_j - m),  acc = sum exp(s_j - m) v_j,  m such that l is near 1   natural logarithm, acc row-major
 //   output acc / l,  lse = m + log(l)               a row that saw no key: output 0, lse -inf
 //
 //           pieces[0]        pieces[1]       keys, piece by piece, in tiles of BLOCK_KEYS
@@ -13,9 +13,9 @@
 //   block +---+---+---+    +---+---+--       tiles that none of its rows sees are skipped,
 //                                            rows are tested only in tiles that some row sees in part
 //
-// Every `span_keys` keys are accumulated from zero and merged into the state once, so that the error does not grow with
-// the number of keys (Blanchard, Higham and Mary, "A class of fast and accurate summation algorithms", 2020). Rows are
-// independent, nothing is added atomically: the same call gives the same bits.
+// Every `span_keys` keys are accumulated from zero; the spans of a launch are added up from zero, and merged into the state
+// once, so that the error does not grow with the number of keys (Blanchard, Higham and Mary, "A class of fast and accurate
+// summation algorithms", 2020). Rows are independent, nothing is added atomically: the same call gives the same bits.
 //
 // This file needs no header of the toolkit: NVRTC compiles it as it is.
 #pragma once
@@ -42,7 +42,7 @@ enum ElementKind { FLOAT16, BFLOAT16, FLOAT32, FLOAT64 };
 struct Call {
     Piece pieces[MAX_PIECES];
     const void *queries;
-    void *acc, *m, *l;                 // the state; null where no state goes in or out: then one span holds all keys
+    void *acc, *m, *l;                 // the state; null where no state goes in or out
     void *out, *lse;                   // null unless the rows are finished by this call; lse may be null
     const int64 *row_low, *row_high;   // (query_tokens): the keys that each row sees; null: the diagonals below
     Strides query_strides, key_strides, value_strides, acc_strides, out_strides;

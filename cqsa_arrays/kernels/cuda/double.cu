@@ -19,7 +19,7 @@
 //   keys     HEAD_DIM + 8          two rows 64 bytes apart (mod 128), of each of which four lanes read 64 bytes
 //   values   VALUE_DIM + 2         every second of eight rows, 32 bytes apart, of each of which two lanes read 32 bytes
 //   queries  HEAD_DIM - KEPT + 1   units of 16 bytes; two rows one unit apart, four lanes read every second one
-//   SHARED_BYTES = 8 (22 + BLOCK_ROWS (HEAD_DIM - KEPT + 1) + 2 BLOCK_KEYS (HEAD_DIM + VALUE_DIM + 10)), where
+//   SHARED_BYTES = 8 (20 + BLOCK_ROWS (HEAD_DIM - KEPT + 1) + 2 BLOCK_KEYS (HEAD_DIM + VALUE_DIM + 10)), where
 //   KEPT = ROW_TILES == 1 ? min(HEAD_DIM, (144 - VALUE_DIM / PARTS) / 16 * 16) : 0
 // One barrier a tile: it says that tile i has arrived and that everybody is done with tile i - 1, whose place tile
 // i + 1 takes while tile i is computed.
@@ -66,7 +66,7 @@ struct __align__(16) Pair {
 
 struct Shared {
     alignas(16) double powers[16];
-    Walk<BLOCK_KEYS> tiles[2], span;  // where the walk stands: the tile of each stage, the first tile of the span
+    Walk<BLOCK_KEYS> tiles[2];  // where the walk stands: the tile of each stage
     alignas(16) double keys[2][BLOCK_KEYS * KEY_PITCH];
     double values[2][BLOCK_KEYS * VALUE_PITCH];
     Pair queries[BLOCK_ROWS / 2 * QUERY_PITCH];
@@ -77,7 +77,7 @@ static_assert(sizeof(Shared) == SHARED_BYTES, "the host computes the same size")
 // acc[n][i][2 c + e] is of column  16 n + 2 (lane / 4) + c  and row  8 i + 2 (lane % 4) + e.
 struct Rows {
     double best[ROWS];  // largest plain score so far
-    double sum[ROWS];   // of this lane's weights
+    double sum[ROWS];   // of this lane's weights, which are exp(scale (s - best)) 2^-SPAN_BITS
     double acc[COLUMN_TILES][ROWS][4];
 
     __device__ void clear() {
@@ -210,7 +210,7 @@ __device__ __forceinline__ void raise(const Scores& scores, Rows& rows, double c
             best = other > best ? other : best;
         }
         double base = best == nothing ? 0.0 : best;
-        double alpha = best == everything ? nothing + everything : weight_of(rows.best[i] - base, c, powers);
+        double alpha = best == everything ? nothing + everything : factor_of(rows.best[i] - base, c, powers);
         rows.best[i] = best, rows.sum[i] *= alpha;
 #pragma unroll
         for (int e = 0; e < 2; ++e) {
@@ -221,7 +221,7 @@ __device__ __forceinline__ void raise(const Scores& scores, Rows& rows, double c
     }
 }
 
-// One step of the online softmax: scores become weights.
+// One step of the online softmax: scores become weights. They are summed step by step, so that a long sum has few terms.
 __device__ __forceinline__ void soften(Scores& scores, Rows& rows, double c, const double* powers) {
     bool grew = false;
 #pragma unroll
@@ -236,13 +236,14 @@ __device__ __forceinline__ void soften(Scores& scores, Rows& rows, double c, con
     if (__any_sync(~0u, grew)) raise(scores, rows, c, powers);
 #pragma unroll
     for (int i = 0; i < ROWS; ++i) {
-        double base = rows.best[i] == negative_infinity(0.0) ? 0.0 : rows.best[i];
+        double base = rows.best[i] == negative_infinity(0.0) ? 0.0 : rows.best[i], sum = 0;
 #pragma unroll
         for (int n = 0; n < SCORE_TILES; ++n) {
             double* pair = &scores.at[i / 2][n][i % 2 * 2];
             pair[0] = weight_of(pair[0] - base, c, powers), pair[1] = weight_of(pair[1] - base, c, powers);
-            rows.sum[i] += pair[0] + pair[1];
+            sum += pair[0] + pair[1];
         }
+        rows.sum[i] += sum;
     }
 }
 
@@ -278,33 +279,98 @@ __device__ bool irregular(const double* values) {
     return __syncthreads_or(found);
 }
 
-// Merge the span into the state, or finish the rows; the accumulators are empty afterwards.
-__device__ __forceinline__ void end_span(Rows& rows, const Call& call, const Place& block, SpanEnds ends) {
+// What the spans of a launch have come to so far, in two parts (Knuth's two-sum), so that the error does not grow with
+// their number. It lies in local memory, of which the driver keeps some for every thread that can be resident anyway, and
+// is touched once a span: it takes neither registers nor memory of the plan. `halved`: how often all was halved, so that
+// the sum stays at 1 at most.
+struct Totals {
+    double best[ROWS], sum[ROWS], acc[ROWS][4][COLUMN_TILES];
+    float sum_low[ROWS], acc_low[ROWS][4][COLUMN_TILES];
+    int halved[ROWS];
+
+    // Who gives its address away keeps it in memory.
+    __device__ __forceinline__ Totals() { asm volatile("" ::"l"(this) : "memory"); }
+};
+
+// high + low, the second as float: high * old + x.
+__device__ __forceinline__ void add_long(double& high, float& low, double old, double x) {
+    double before = high * old, sum = before + x, back = sum - before;
+    low = float(low * old + ((before - (sum - back)) + (x - back))), high = sum;
+}
+// Beside an infinity the low part is not a number.
+__device__ __forceinline__ double long_value(double high, float low) { return isfinite(high) ? high + low : high; }
+
+// A span ends, its sums being those of all lanes. Where more keys follow, `totals` take it over, together with those before;
+// else the rows have it all. Of the rows whose columns are here, factors are with lanes that have their sums.
+__device__ __forceinline__ void close_span(
+    Rows& rows, Totals& totals, bool first, bool last, double c, const double* powers) {
+    const double nothing = negative_infinity(0.0);
+#pragma unroll
+    for (int i = 0; i < ROWS; ++i) {
+        rows.sum[i] += __shfl_xor_sync(~0u, rows.sum[i], 1);
+        rows.sum[i] += __shfl_xor_sync(~0u, rows.sum[i], 2);
+        if (first) totals.best[i] = nothing, totals.sum[i] = 0, totals.sum_low[i] = 0, totals.halved[i] = 0;
+        if (first && last) continue;
+        double before = totals.best[i], joint = rows.best[i] > before ? rows.best[i] : before;
+        double old = before == joint ? 1 : factor_of(before - joint, c, powers);
+        double fresh = rows.best[i] == joint ? 1 : factor_of(rows.best[i] - joint, c, powers);
+        fresh *= __hiloint2double((1023 - totals.halved[i]) << 20, 0);
+        if (totals.sum[i] * old + rows.sum[i] * fresh > 1) old *= 0.5, fresh *= 0.5, ++totals.halved[i];
+        totals.best[i] = rows.best[i] = joint;
+        add_long(totals.sum[i], totals.sum_low[i], old, rows.sum[i] * fresh);
+        rows.sum[i] = long_value(totals.sum[i], totals.sum_low[i]);
+#pragma unroll
+        for (int e = 0; e < 2; ++e) {
+            int source = threadIdx.x % 4 * 8 + e * 4;
+            double its_old = __shfl_sync(~0u, old, source), its_fresh = __shfl_sync(~0u, fresh, source);
+            // All are read at once: a wait for each would take longer.
+            double high[2][COLUMN_TILES] = {};
+            float low[2][COLUMN_TILES] = {};
+            if (!first)
+#pragma unroll
+                for (int c = 0; c < 2; ++c)
+                    for (int n = 0; n < COLUMN_TILES; ++n)
+                        high[c][n] = totals.acc[i][2 * c + e][n], low[c][n] = totals.acc_low[i][2 * c + e][n];
+#pragma unroll
+            for (int c = 0; c < 2; ++c)
+                for (int n = 0; n < COLUMN_TILES; ++n) {
+                    double& acc = rows.acc[n][i][2 * c + e];
+                    add_long(high[c][n], low[c][n], its_old, acc * its_fresh);
+                    if (last) {
+                        acc = long_value(high[c][n], low[c][n]);
+                    } else {
+                        totals.acc[i][2 * c + e][n] = high[c][n], totals.acc_low[i][2 * c + e][n] = low[c][n];
+                    }
+                }
+        }
+    }
+    if (!last) rows.clear();
+}
+
+// Merge the rows into the state, or finish them.
+__device__ __forceinline__ void end_block(const Rows& rows, const Totals& totals, const Call& call, const Place& block) {
     int group = made_here(threadIdx.x % 32 / 4), quad_lane = made_here(threadIdx.x % 4);
     int first_column = part() * COLUMNS + 2 * group;
 #pragma unroll
     for (int i = 0; i < ROWS; ++i) {
-        double sum = rows.sum[i];
-        sum += __shfl_xor_sync(~0u, sum, 1);
-        sum += __shfl_xor_sync(~0u, sum, 2);
+        double natural = call.scale * rows.best[i] + (SPAN_BITS + totals.halved[i]) * LN2;
 #pragma unroll
         for (int e = 0; e < 2; ++e) {
             int source = quad_lane * 8 + e * 4;  // a lane that has the sum of the row whose columns are here
-            double base = call.scale * __shfl_sync(~0u, rows.best[i], source), total = __shfl_sync(~0u, sum, source);
+            double base = __shfl_sync(~0u, natural, source), total = __shfl_sync(~0u, rows.sum[i], source);
             int64 row = block.row + made_here(first_row()) + 8 * i + 2 * quad_lane + e;
             bool exists = row < call.query_tokens, writer = exists && group == 0 && part() == 0;
-            RowEnd<double> end = end_of_span<double>(call, block, row, base, total, ends, exists, writer);
+            RowEnd end = end_of_row<double>(call, block, row, base, total, exists, writer);
             if (!exists) continue;
 #pragma unroll
             for (int n = 0; n < COLUMN_TILES; ++n)
                 for (int c = 0; c < 2; ++c) {
                     int column = first_column + n * 16 + c;
                     if (column < call.value_dim)
-                        end_element<double>(call, block, row, column, end, ends.last, rows.acc[n][i][2 * c + e]);
+                        end_element<double>(call, block, row, column, end, rows.acc[n][i][2 * c + e]);
                 }
         }
     }
-    rows.clear();
 }
 
 // Ask for the current tile of `walk`.
@@ -335,7 +401,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) attend(const __gri
     const BlockView& view = view_of_rows<THREADS>(call, block.row, BLOCK_ROWS);
     Walk<BLOCK_KEYS> walk(call, view);
     if (walk.more(call)) fetch(call, block, walk, shared.keys[0], shared.values[0]);
-    if (threadIdx.x == 0) shared.tiles[0] = shared.span = walk;
+    if (threadIdx.x == 0) shared.tiles[0] = walk;
     if (threadIdx.x < 16) shared.powers[threadIdx.x] = POWERS[threadIdx.x];
     Kept kept;
     load_queries(kept, shared.queries, call, block);
@@ -347,46 +413,42 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) attend(const __gri
     int key_at = group * KEY_PITCH + 2 * quad_lane;
     int value_at = 2 * quad_lane * VALUE_PITCH + part() * COLUMNS + 2 * group;
     const double c = call.scale * (16 * LOG2E);
+    Totals totals;
     Rows rows;
     rows.clear();
-    SpanEnds ends = {bool(call.fresh), !walk.more(call)};
+    bool first = true, last = !walk.more(call);  // span
+    if (last) close_span(rows, totals, first, last, c, shared.powers);
     int span_keys = 0;
-    for (int stage = 0;; stage ^= 1) {
-        if (!ends.last) {
-            Walk<BLOCK_KEYS> tile = shared.tiles[stage], next = tile;
-            next.step(call, view);
-            ends.last = !next.more(call), span_keys += BLOCK_KEYS;
-            if (!ends.last) fetch(call, block, next, shared.keys[stage ^ 1], shared.values[stage ^ 1]);
-            if (threadIdx.x == 0) shared.tiles[stage ^ 1] = next;
-            bool full = tile.full(call, view);
-            if (!full && irregular(shared.values[stage])) {
-                copies_arrived();
-                return simple_rows<ELEMENT, double, BLOCK_ROWS, BLOCK_KEYS, THREADS>(
-                    call, block, view, shared.span, ends.first);
-            }
+    for (int stage = 0; !last; stage ^= 1) {
+        Walk<BLOCK_KEYS> tile = shared.tiles[stage], next = tile;
+        next.step(call, view);
+        last = !next.more(call), span_keys += BLOCK_KEYS;
+        if (!last) fetch(call, block, next, shared.keys[stage ^ 1], shared.values[stage ^ 1]);
+        if (threadIdx.x == 0) shared.tiles[stage ^ 1] = next;
+        bool full = tile.full(call, view);
+        if (!full && irregular(shared.values[stage])) {
+            copies_arrived();
+            return simple_rows<ELEMENT, double, BLOCK_ROWS, BLOCK_KEYS, THREADS>(call, block, view);
+        }
 #pragma unroll 1
-            for (int begin = 0; begin < BLOCK_KEYS; begin += STEP_KEYS) {
-                Scores scores;
-                score_tile(scores, kept, queries, shared.keys[stage] + key_at + begin * KEY_PITCH);
-                if (!full) {
-                    tile = shared.tiles[stage];
-                    hide(scores, call, block.row, tile.token(call) + begin, tile.count(call) - begin);
-                }
-                soften(scores, rows, c, shared.powers);
-                add_values(rows, scores, shared.values[stage] + value_at + begin * VALUE_PITCH);
+        for (int begin = 0; begin < BLOCK_KEYS; begin += STEP_KEYS) {
+            Scores scores;
+            score_tile(scores, kept, queries, shared.keys[stage] + key_at + begin * KEY_PITCH);
+            if (!full) {
+                tile = shared.tiles[stage];
+                hide(scores, call, block.row, tile.token(call) + begin, tile.count(call) - begin);
             }
+            soften(scores, rows, c, shared.powers);
+            add_values(rows, scores, shared.values[stage] + value_at + begin * VALUE_PITCH);
         }
-        if (ends.last || span_keys >= call.span_keys) {
-            // Two warps of the same rows read m and l; the first writes them, and comes last.
-            for (int turn = PARTS - 1; turn >= 0; --turn) {
-                if (part() == turn) end_span(rows, call, block, ends);
-                if (turn > 0) __syncthreads();
-            }
-            if (ends.last) return;
-            if (threadIdx.x == 0) shared.span = shared.tiles[stage ^ 1];
-            ends.first = false, span_keys = 0;
-        }
+        if (last || span_keys >= call.span_keys)
+            close_span(rows, totals, first, last, c, shared.powers), first = false, span_keys = 0;
         copies_arrived();
         __syncthreads();
+    }
+    // Two warps of the same rows read m and l; the first writes them, and comes last.
+    for (int turn = PARTS - 1; turn >= 0; --turn) {
+        if (part() == turn) end_block(rows, totals, call, block);
+        if (turn > 0) __syncthreads();
     }
 }

@@ -1,5 +1,5 @@
-// The end of a span for kernels that keep rows in fragments: a warp stages 16 rows in shared memory, then one lane ends
-// one row and all lanes take its columns. It is a function of its own, small and called once in many tiles.
+// The end of rows for kernels that keep them in fragments: a warp stages 16 rows in shared memory, then one lane ends one
+// row and all lanes take its columns. It is a function of its own, small and called once a launch.
 #pragma once
 #include "state.cuh"
 
@@ -7,13 +7,12 @@
 // The reads of 8 rows are under way at once: with one wait for each row and 32 columns the ends took a tenth to a quarter
 // of the time.
 __device__ __noinline__ void end_rows(
-    const Call& call, Place block, int64 first, const float* staged, int pitch, double base, float sum, SpanEnds ends) {
+    const Call& call, Place block, int64 first, const float* staged, int pitch, double base, double sum) {
     int lane = threadIdx.x % 32, exist = int(least(call.query_tokens - first, 16));
     __syncwarp();  // the rows are staged
     bool exists = lane % 16 < exist;
-    RowEnd<float> mine = end_of_span<float>(call, block, first + lane % 16, base, sum, ends, exists, exists && lane < 16);
+    RowEnd mine = end_of_row<float>(call, block, first + lane % 16, base, sum, exists, exists && lane < 16);
     uint32 read = __ballot_sync(~0u, exists && mine.has_old && !mine.skip), write = __ballot_sync(~0u, exists && !mine.skip);
-    bool finish = ends.last && call.out;
     int64 step = call.acc_strides.token, out_step = call.out_strides.token;
     for (int begin = 0; begin < call.value_dim; begin += 32) {
         int column = begin + lane;
@@ -28,12 +27,11 @@ __device__ __noinline__ void end_rows(
 #pragma unroll
             for (int i = 0; i < 8; ++i) {
                 int r = from + i;
-                float factor = __shfl_sync(~0u, mine.fresh, r), old = __shfl_sync(~0u, mine.old, r);
-                bool has_fresh = __shfl_sync(~0u, mine.has_fresh, r);
+                RowEnd end = {__shfl_sync(~0u, mine.old, r), __shfl_sync(~0u, mine.fresh, r), bool(read >> r & 1),
+                              bool(__shfl_sync(~0u, mine.has_fresh, r)), false};
                 if (!wanted || !(write >> r & 1)) continue;
-                float value = has_fresh ? staged[r * pitch + column] * factor : 0.0f;
-                if (read >> r & 1) value += before[i] * old;
-                if (finish) {
+                float value = merged<float, float>(end, staged[r * pitch + column], before[i]);
+                if (call.out) {
                     store_element(call.out, call.out_kind, out + r * out_step, value);
                 } else {
                     acc[r * step] = value;

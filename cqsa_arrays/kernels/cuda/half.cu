@@ -90,19 +90,10 @@ __device__ __forceinline__ void add_values(
     }
 }
 
-// Merge the span into the state, or finish the rows; the accumulators are empty afterwards. `stage` is free memory of the
-// block, 16 * WARPS rows of STAGE_PITCH floats.
-__device__ __forceinline__ void end_span(
-    Rows& rows, const Call& call, const Place& block, SpanEnds ends, float c, float* stage) {
-    float alpha[ROWS];
-    rebase(rows, alpha, c), rescale(rows, alpha);
+// Merge the rows into the state, or finish them. `stage` is free memory of the block, 16 * WARPS rows of STAGE_PITCH floats.
+__device__ __forceinline__ void end_block(const Rows& rows, const Call& call, const Place& block, float* stage) {
     int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
     float* staged = stage + warp * 16 * STAGE_PITCH;
-#pragma unroll
-    for (int i = 0; i < ROWS; ++i) {
-        rows.sum[i] += __shfl_xor_sync(~0u, rows.sum[i], 1);
-        rows.sum[i] += __shfl_xor_sync(~0u, rows.sum[i], 2);
-    }
 #pragma unroll
     for (int t = 0; t < ROW_TILES; ++t) {
 #pragma unroll
@@ -117,12 +108,10 @@ __device__ __forceinline__ void end_span(
             bases[half] = __shfl_sync(~0u, rows.base[2 * t + half], holder);
         }
         bool upper = lane / 8 % 2;
-        float highest = upper ? bases[1] : bases[0];
-        double base = highest == LOWEST ? negative_infinity(0.0) : double(highest) * LN2;
         int64 first = block.row + (warp * ROW_TILES + t) * 16;
-        end_rows(call, block, first, staged, STAGE_PITCH, base, upper ? sums[1] : sums[0], ends);
+        end_rows(
+            call, block, first, staged, STAGE_PITCH, natural_base(upper ? bases[1] : bases[0]), upper ? sums[1] : sums[0]);
     }
-    rows.clear();
 }
 
 // Bring the first tile of a stretch, and set the streams to the second.
@@ -219,33 +208,28 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) attend(const __gri
     const BlockView& view = view_of_rows<THREADS>(call, block.row, BLOCK_ROWS);
     if (threadIdx.x == 0) {
         course.block = block, course.walk = Walk<BLOCK_KEYS>(call, view);
-        course.ends = {bool(call.fresh), !course.walk.more(call)};
+        course.last = !course.walk.more(call);
         course.over = true;
     }
     const Operands operands = begin_block(call, block, shared);
     const int group = GROUPS == 1 ? 0 : __shfl_sync(~0u, threadIdx.x / 128, 0);
     const float c = float(call.scale * LOG2E);
     Streams streams(shared);
+    Totals totals;
     Rows rows;
     rows.clear();
-    while (true) {
-        while (!course.ends.last) {
+    for (bool first = true; !course.last; first = false) {
+        do {
             Course now = course;
-            if (now.over) now.span_piece = now.walk.piece, now.span_offset = now.walk.offset, now.span_keys = 0;
+            if (now.over) now.span_keys = 0;
             const Stretch stretch = now.stretch = now.next(call, view);
             __syncthreads();
             if (threadIdx.x == 0) course = now;
             begin_stretch(call, now.block, stretch, shared, streams);
             if (!attend_stretch(call, course, stretch, shared, streams, operands, rows, c, group))
-                return simple_rows<ELEMENT, float, BLOCK_ROWS, BLOCK_KEYS, THREADS>(
-                    call, course.block, view,
-                    Walk<BLOCK_KEYS>::back_at(call, view, course.span_piece, course.span_offset), course.ends.first);
-            if (course.over) break;
-        }
-        end_span(rows, call, course.block, course.ends, c, reinterpret_cast<float*>(shared.keys));
-        if (course.ends.last) return;
-        __syncthreads();
-        if (threadIdx.x == 0) course.ends.first = false;
-        __syncthreads();
+                return simple_rows<ELEMENT, float, BLOCK_ROWS, BLOCK_KEYS, THREADS>(call, course.block, view);
+        } while (!course.over);
+        close_span(rows, totals, first, course.last);
     }
+    end_block(rows, call, course.block, reinterpret_cast<float*>(shared.keys));
 }

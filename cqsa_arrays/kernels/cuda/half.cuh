@@ -139,9 +139,8 @@ struct Course {
     Place block;
     Walk<BLOCK_KEYS> walk;
     Stretch stretch;
-    int span_piece, span_offset, span_keys;
-    SpanEnds ends;
-    bool over;
+    int span_keys;
+    bool over, last;  // the span, all keys
 
     // The stretch that begins where the walk is; the walk goes on to what follows.
     __device__ __forceinline__ Stretch next(const Call& call, const BlockView& view) {
@@ -163,8 +162,8 @@ struct Course {
         span_keys += stretch.tiles * BLOCK_KEYS;
         walk.offset += (stretch.tiles - 1) * BLOCK_KEYS;
         walk.step(call, view);
-        ends.last = !walk.more(call);
-        over = ends.last || span_keys >= call.span_keys;
+        last = !walk.more(call);
+        over = last || span_keys >= call.span_keys;
         return stretch;
     }
 };

@@ -11,7 +11,7 @@
 // which the compiler does only where these call no function: all is inlined.
 //
 // Shared memory: queries and the ring, in atoms of 64 columns (wgmma.cuh), and the barriers:
-//   SHARED_BYTES = 2 * (BLOCK_ROWS H + STAGES BLOCK_KEYS (H + V)) + 48 STAGES + 32,  H and V rounded up to multiples of 64
+//   SHARED_BYTES = 2 * (BLOCK_ROWS H + STAGES BLOCK_KEYS (H + V)) + 48 STAGES + 16,  H and V rounded up to multiples of 64
 //
 // Sources: Shah et al., "FlashAttention-3", arXiv 2407.08608 (groups that copy and compute, turns, products beside the
 // softmax); PTX ISA on wgmma, mbarrier and setmaxnreg.
@@ -40,9 +40,6 @@ __device__ __forceinline__ void issue_values(Rows& rows, const Weights& weights,
             rows.acc[0][0], weights.at[k][0], matrix_at(values + k * 16 * 128, BLOCK_KEYS * 128));
     products_issued();
 }
-
-// All groups that compute.
-__device__ __forceinline__ void meet() { asm volatile("bar.sync 1, %0;" ::"n"(COMPUTING) : "memory"); }
 
 // Group g issues products after group g - 1 and before group g + 1: barrier 2 + g is passed by those two.
 __device__ __forceinline__ void take_turn(int group) { asm volatile("bar.sync %0, 256;" ::"r"(group + 2) : "memory"); }
@@ -79,18 +76,14 @@ __device__ __forceinline__ void leave(const unsigned long long (&empty)[STAGES],
     if (threadIdx.x % 32 == 0) barrier_arrive(barrier_of(empty, at));
 }
 
-struct SpanSeen {
-    bool last, irregular;  // no keys come after it; a weight of 0 does not keep a value of it from a row
-};
-
-// The tiles of one span, the first of which is here; the ring stands behind the last one then.
-__device__ __forceinline__ SpanSeen attend_span(
-    Rows& rows, const Call& call, const Shared& shared, Ring& ring, int group, float c) {
+// The tiles of one span, the first of which is here; the ring stands behind the last one then. Whether no keys come after
+// it. `irregular`, of one lane of a warp: a weight of 0 does not keep a value of these tiles from a row.
+__device__ __forceinline__ bool attend_span(
+    Rows& rows, const Call& call, const Shared& shared, Ring& ring, int group, float c, int& irregular) {
     const uint32 queries = shared_address(shared.queries[0][group * 64]);
     const uint32 keys = shared_address(shared.keys), values = shared_address(shared.values);
     Scores scores;
     Weights weights;
-    int irregular = 0;
     take_turn(group);
     products_begin();
     issue_scores(scores, queries, keys + ring.stage * KEY_TILE);
@@ -134,29 +127,25 @@ __device__ __forceinline__ SpanSeen attend_span(
     products_done<0>();
     leave(shared.value_empty, ring);
     ring = ring.next();
-    return {bool(flags & LAST), bool(__shfl_sync(~0u, irregular, 0))};
+    return flags & LAST;
 }
 
-// Merge the span into the state, or finish the rows: every quad of lanes its two rows, 32 bytes of float32 at once.
-__device__ __forceinline__ void end_span(Rows& rows, const Call& call, const Place& block, SpanEnds ends, float c) {
-    float alpha[ROWS];
-    rebase(rows, alpha, c), rescale(rows, alpha);
+// Merge the rows into the state, or finish them: every quad of lanes its two rows, 32 bytes of float32 at once.
+__device__ __forceinline__ void end_block(const Rows& rows, const Call& call, const Place& block) {
     int lane = threadIdx.x % 32;
 #pragma unroll
     for (int i = 0; i < ROWS; ++i) {
-        rows.sum[i] += __shfl_xor_sync(~0u, rows.sum[i], 1);
-        rows.sum[i] += __shfl_xor_sync(~0u, rows.sum[i], 2);
         int64 row = block.row + row_of(threadIdx.x, i);
         bool exists = row < call.query_tokens;
-        double base = rows.base[i] == LOWEST ? negative_infinity(0.0) : double(rows.base[i]) * LN2;
-        RowEnd<float> end = end_of_span<float>(call, block, row, base, rows.sum[i], ends, exists, exists && lane % 4 == 0);
+        RowEnd end = end_of_row<float>(
+            call, block, row, natural_base(rows.base[i]), rows.sum[i], exists, exists && lane % 4 == 0);
         if (!exists) continue;
 #pragma unroll
         for (int n = 0; n < VALUE_TILES; ++n)
             for (int e = 0; e < 2; ++e) {
                 int column = n * 8 + lane % 4 * 2 + e;
                 if (column < call.value_dim)
-                    end_element<float>(call, block, row, column, end, ends.last, rows.acc[0][n][i % 2 * 2 + e]);
+                    end_element<float>(call, block, row, column, end, rows.acc[0][n][i % 2 * 2 + e]);
             }
     }
 }
@@ -166,28 +155,20 @@ __device__ __forceinline__ void attend_rows(const Call& call, const BlockView& v
     const int group = __shfl_sync(~0u, threadIdx.x / 128, 0);
     const float c = float(call.scale * LOG2E);
     Ring ring = {0, 0};
+    int irregular = 0;
+    Totals totals;
+    Rows rows;
+    rows.clear();
     if (group == GROUPS - 1) pass_turn(group);
-    while (true) {
-        Rows rows;
-        rows.clear();
+    for (bool first = true, last = false; !last; first = false) {
         barrier_wait(barrier_of(shared.key_full, ring), ring.parity);
-        if (threadIdx.x == 0)
-            shared.span_piece = shared.tiles[ring.stage].piece, shared.span_offset = shared.tiles[ring.stage].offset;
-        const SpanSeen span = attend_span(rows, call, shared, ring, group, c);
-        meet();
-        bool fresh = shared.fresh;
-        int piece = shared.span_piece, offset = shared.span_offset;
-        meet();
-        if (threadIdx.x == 0) shared.fresh = 0;
-        if (span.irregular) {
-            *const_cast<volatile int*>(&shared.stop) = 1;
-            return simple_rows_here<ELEMENT, float, BLOCK_ROWS, BLOCK_KEYS, COMPUTING>(
-                call, shared.block, view, Walk<BLOCK_KEYS>::back_at(call, view, piece, offset), fresh);
-        }
-        end_span(rows, call, shared.block, {fresh, span.last}, c);
-        if (span.last) break;
+        last = attend_span(rows, call, shared, ring, group, c, irregular);
+        close_span(rows, totals, first, last);
     }
     if (group == 0) take_turn(group);  // the last group's
+    if (__shfl_sync(~0u, irregular, 0))
+        return simple_rows_here<ELEMENT, float, BLOCK_ROWS, BLOCK_KEYS, COMPUTING>(call, shared.block, view);
+    end_block(rows, call, shared.block);
 }
 
 extern "C" __global__ void __launch_bounds__(THREADS, 1) attend(const __grid_constant__ Call call) {
@@ -200,9 +181,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) attend(const __grid_con
         if (!computing) return;
         Rows rows;
         rows.clear();
-        return end_span(rows, call, block, {bool(call.fresh), true}, 1);
+        return end_block(rows, call, block);
     }
-    if (threadIdx.x == 0) shared.block = block, shared.fresh = call.fresh, begin_barriers(shared);
+    if (threadIdx.x == 0) shared.block = block, begin_barriers(shared);
     if (threadIdx.x < 128) {
         auto query = static_cast<const uint16*>(call.queries) + element_of(call.query_strides, block, block.row);
         copy_atoms<KEY_ATOMS, BLOCK_ROWS>(

@@ -25,9 +25,6 @@ struct Shared {
     Tile tiles[STAGES];
     Place block;  // here, for registers are short and it is looked at once in many tiles
     unsigned long long key_full[STAGES], key_empty[STAGES], value_full[STAGES], value_empty[STAGES];  // barriers
-    int span_piece, span_offset;  // where the span began
-    int fresh;                    // the state is empty before it
-    int stop;                     // nothing more is to be copied
 };
 static_assert(sizeof(Shared) == SHARED_BYTES, "the host computes the same size");
 
@@ -49,9 +46,8 @@ __device__ __forceinline__ void begin_barriers(Shared& shared) {
         barrier_init(barrier_of(shared.key_full, {s, 0}), COPYING), barrier_init(barrier_of(shared.value_full, {s, 0}), COPYING);
         barrier_init(barrier_of(shared.key_empty, {s, 0}), 4 * GROUPS);
         barrier_init(barrier_of(shared.value_empty, {s, 0}), 4 * GROUPS);
-        shared.tiles[s].irregular = 0;  // and once it is 1, nothing comes after the span
+        shared.tiles[s].irregular = 0;  // and once it is 1, the whole block is computed again
     }
-    shared.stop = 0;
 }
 
 // The 16-byte words of an atom that a thread of a copying group copies: `word` of the rows `row`, `row` + PASS ...
@@ -120,13 +116,11 @@ struct Copies {
         copies_arrived();
         if (full) arrived();
     }
-    // Until a place is empty; who waits for what is under way is told of it before. False: nothing more is wanted.
-    __device__ __forceinline__ bool wait(uint32 empty, uint32 parity) {
-        if (barrier_passed(empty, parity)) return true;
+    // Until a place is empty; who waits for what is under way is told of it before.
+    __device__ __forceinline__ void wait(uint32 empty, uint32 parity) {
+        if (barrier_passed(empty, parity)) return;
         finish();
-        while (!barrier_passed(empty, parity))
-            if (*const_cast<const volatile int*>(&shared.stop)) return false;
-        return true;
+        barrier_wait(empty, parity);
     }
 };
 
@@ -143,7 +137,7 @@ __device__ __forceinline__ void copy_tiles(const Call& call, const BlockView& vi
         walk.step(call, view), span_keys += BLOCK_KEYS;
         if (!walk.more(call)) tile.flags |= LAST | ENDS_SPAN;
         if (span_keys >= call.span_keys) tile.flags |= ENDS_SPAN, span_keys = 0;
-        if (!copies.wait(barrier_of(shared.key_empty, ring), ring.parity)) break;
+        copies.wait(barrier_of(shared.key_empty, ring), ring.parity);
         if (threadIdx.x % 128 == 0) {
             Tile& place = shared.tiles[ring.stage];
             place.piece = tile.piece, place.offset = tile.offset, place.flags = tile.flags;
@@ -152,7 +146,7 @@ __device__ __forceinline__ void copy_tiles(const Call& call, const BlockView& vi
         copy_atoms<KEY_ATOMS, BLOCK_KEYS>(
             shared_address(shared.keys[ring.stage]), keys, call.key_strides.token, count, call.head_dim);
         copies.issued(barrier_of(shared.key_full, ring), -1);
-        if (!copies.wait(barrier_of(shared.value_empty, ring), ring.parity)) break;
+        copies.wait(barrier_of(shared.value_empty, ring), ring.parity);
         auto values = static_cast<const uint16*>(piece.values) + element_of(call.value_strides, block, tile.offset);
         copy_atoms<VALUE_ATOMS, BLOCK_KEYS>(
             shared_address(shared.values[ring.stage]), values, call.value_strides.token, count, call.value_dim);

@@ -8,7 +8,6 @@ of one job begin at multiples of 32 rows of a chunk.
 from __future__ import annotations
 
 import logging
-import threading
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -17,22 +16,20 @@ from typing import Any
 
 import cupy
 import numpy as np
+from cupy.cuda import driver
 
 from ...block_statistics import BlockStatistics
 from ...masks import UNBOUNDED_DIAGONAL
 from ...ranges import Range
-from ..base import KeyBlock
+from ..base import KeyBlock, in_token_order
 from .call import CALL, MAX_PIECES, PIECE_TOKENS, Finish, RowMask, pack_call
-from .cubin import compiled
+from .cubin import architecture, compiled
 from .source import flattened
 from .variants import Variant, variant_for
 
 logger = logging.getLogger("cqsa_arrays")
-_PATIENCE_S = 0.7
 # Launches that may be under way: enough to keep the device busy, few enough that an interruption is soon heard.
 _LAUNCHES_AHEAD = 4
-# More than all keys of a launch, where those are accumulated without a state.
-_ALL_KEYS = 1 << 29
 # The argument as one element without fields: of an array with some, CuPy has NumPy describe every one at every launch.
 _OPAQUE = np.dtype((np.void, CALL.itemsize))
 
@@ -41,28 +38,27 @@ _OPAQUE = np.dtype((np.void, CALL.itemsize))
 def load(variant: Variant, device_index: int) -> Any:
     """The compiled kernel on the current device, which has that number.
 
-    What was compiled is kept on disk, by source, options and device; what is loaded stays loaded: to read the sources
-    and load the code takes longer than a small problem.
+    What was compiled is kept on disk, by source, options and architecture; what is loaded stays loaded: to read the
+    sources and load the code takes longer than a small problem.
     """
-    text = "compiling %s for %s (once; later runs load it from disk)"
-    note = threading.Timer(_PATIENCE_S, logger.info, [text, variant.source, variant.element])
-    note.daemon = True
-    note.start()
-    try:
-        if variant.architecture is None:
-            return _attend(cupy.RawModule(code=flattened(variant.source), options=variant.options), variant)
-        options = (*variant.options, "-ftz=true", f"-arch={variant.architecture}")  # the first as CuPy does
-        with compiled(flattened(variant.source), options) as path:
-            return _attend(cupy.RawModule(path=str(path)), variant)
-    finally:
-        note.cancel()
 
+    def say() -> None:
+        logger.info("compiling %s for %s (once; later runs load it from disk)", variant.source, variant.element)
 
-def _attend(module: Any, variant: Variant) -> Any:
-    """The kernel of a module, which is loaded by asking for shared memory."""
+    arch = variant.architecture or architecture(_capability(cupy.cuda.Device()))
+    options = (*variant.options, "-ftz=true", f"-arch={arch}")  # the second as CuPy does
+    module = cupy.cuda.Module()
+    module.load(compiled(flattened(variant.source), options, say))
     function = module.get_function("attend")
-    function.max_dynamic_shared_size_bytes = variant.shared_bytes
+    driver.funcSetAttribute(
+        function.ptr, driver.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES, variant.shared_bytes
+    )  # fmt: skip
     return function
+
+
+def _capability(device: cupy.cuda.Device) -> tuple[int, int]:
+    """(9, 0) of "90", (12, 1) of "121"."""
+    return int(device.compute_capability[:-1]), int(device.compute_capability[-1])
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,7 +76,7 @@ class CudaKernel:
 
     def __init__(self, dtype: str, *, head_dim: int, value_dim: int, scale: float) -> None:
         device = cupy.cuda.Device()
-        capability = int(device.compute_capability[:-1]), int(device.compute_capability[-1])
+        capability = _capability(device)
         self.variant = variant_for(dtype, head_dim, value_dim, capability, scale)
         self._function = load(self.variant, device.id)
         self._for_any_words = variant_for(dtype, head_dim, value_dim, capability, scale, whole_words=False)
@@ -106,11 +102,11 @@ class CudaKernel:
         The event that it returns comes when that work is done.
 
         ``fresh``: the state holds nothing yet. ``finish``: these are all keys of the rows, which are written there;
-        where there is no state, they are accumulated in one span. ``loaded`` is called before the launch, and returns
+        a state is needed only where they take several launches. ``loaded`` is called before the launch, and returns
         when the stream waits for the blocks.
         """
-        pieces = [piece for block in blocks for piece in _pieces(block)]
-        spans = _ALL_KEYS if state is None else self.variant.span_keys
+        pieces = [piece for block in in_token_order(blocks) for piece in _pieces(block)]
+        spans = self.variant.span_keys
         calls = [
             pack_call(
                 queries, query_start, pieces[first : first + MAX_PIECES], state,
@@ -138,6 +134,12 @@ class CudaKernel:
         self._launch(
             pack_call(None, 0, (), state, to, mask=RowMask(0, 0), scale=1.0, span_keys=spans, fresh=fresh)
         )  # fmt: skip
+
+    def catch_up(self) -> bool:
+        """Wait for the oldest launch that is under way; False where there is none."""
+        under_way = len(self._launches)
+        self._tell(max(0, under_way - 1))
+        return under_way > 0
 
     def drain(self) -> None:
         """Wait for everything that was launched."""

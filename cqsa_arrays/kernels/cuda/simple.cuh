@@ -8,6 +8,8 @@
 
 // Value columns that one pass over the keys accumulates; more columns take more passes.
 constexpr int SIMPLE_COLUMNS = 256;
+// The largest weight: that of 2^36 keys, more than a launch has, adds up to 1, so that sums are no larger than values.
+constexpr double SIMPLE_UNIT = 0x1p-36;
 
 template <int KIND, typename REAL>
 __device__ REAL simple_score(const Call& call, const Piece& piece, const Place& place, int64 row, int64 key) {
@@ -23,12 +25,27 @@ __device__ REAL simple_score(const Call& call, const Piece& piece, const Place& 
     return sum;
 }
 
-template <typename REAL>
-struct SimpleRow {
-    REAL m, l, acc[SIMPLE_COLUMNS / 32];  // of lane's columns: begin + lane, begin + lane + 32, ...
+// A sum of many terms in two doubles (Knuth's two-sum), so that its error does not grow with their number.
+struct LongSum {
+    double high, low;
+
+    __device__ __forceinline__ void add(double x) {
+        double sum = high + x, back = sum - high;
+        low += (high - (sum - back)) + (x - back), high = sum;
+    }
+    __device__ __forceinline__ void scale(double by) { high *= by, low *= by; }
+    // Beside an infinity the low part is not a number.
+    __device__ __forceinline__ double value() const { return isfinite(high) ? high + low : high; }
 };
 
-// One row against keys first .. first + count - 1 (count <= 32) of a piece; m is the plain maximum of the scores.
+template <typename REAL>
+struct SimpleRow {
+    REAL m;
+    LongSum l, acc[SIMPLE_COLUMNS / 32];  // of lane's columns: begin + lane, begin + lane + 32, ...
+};
+
+// One row against keys first .. first + count - 1 (count <= 32) of a piece; m is the plain maximum of the scores. Sums are
+// of doubles, those of the 32 keys from zero, whatever REAL is.
 template <int KIND, typename REAL>
 __device__ void simple_keys(
     const Call& call, const Piece& piece, const Place& place, int64 row, int64 first, int count, int begin,
@@ -47,62 +64,53 @@ __device__ void simple_keys(
     }
     REAL m = best > state.m ? best : state.m;
     REAL base = m == nothing ? REAL(0) : m;
-    REAL weight = visible ? exp_of(score - base) : REAL(0), alpha = state.m == nothing ? REAL(0) : exp_of(state.m - base);
+    double weight = visible ? exp_of(score - base) * SIMPLE_UNIT : 0.0;
+    double alpha = state.m == nothing ? 0.0 : exp(double(state.m) - double(base));
     state.m = m;
-    state.l *= alpha;
-    for (int i = 0; i < SIMPLE_COLUMNS / 32; ++i) state.acc[i] *= alpha;
+    state.l.scale(alpha);
+    for (LongSum& sum : state.acc) sum.scale(alpha);
     uint32 seen_by = __ballot_sync(~0u, visible);
+    double l = 0, acc[SIMPLE_COLUMNS / 32] = {};
     for (int j = 0; j < count; ++j) {
-        REAL w = __shfl_sync(~0u, weight, j);
+        double w = __shfl_sync(~0u, weight, j);
         if (!(seen_by >> j & 1)) continue;
-        state.l += w;
+        l += w;
         int64 v = element_of(call.value_strides, place, first + j);
         for (int i = 0; i < SIMPLE_COLUMNS / 32; ++i) {
             int column = begin + lane + 32 * i;
-            if (column < call.value_dim)
-                state.acc[i] = fma(w, load_element<KIND, REAL>(piece.values, v + column), state.acc[i]);
+            if (column < call.value_dim) acc[i] = fma(w, double(load_element<KIND, REAL>(piece.values, v + column)), acc[i]);
         }
     }
+    state.l.add(l);
+    for (int i = 0; i < SIMPLE_COLUMNS / 32; ++i) state.acc[i].add(acc[i]);
 }
 
-// Rows block.row .. block.row + ROWS - 1 from `walk` on to the end of the keys, span by span, by THREADS threads.
-// `first`: whether the state is empty where the walk begins, which is where a span begins.
+// Rows block.row .. block.row + ROWS - 1 against all their keys, by THREADS threads, TILE keys at a time.
 template <int KIND, typename REAL, int ROWS, int TILE, int THREADS>
-__device__ __forceinline__ void simple_rows_here(
-    const Call& call, Place block, const BlockView& view, Walk<TILE> walk, bool first) {
+__device__ __forceinline__ void simple_rows_here(const Call& call, Place block, const BlockView& view) {
     const REAL nothing = negative_infinity(REAL(0));
     int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
     for (int64 row = block.row + warp; row < least(block.row + ROWS, call.query_tokens); row += THREADS / 32) {
-        Walk<TILE> at = walk;
-        SpanEnds ends = {first, false};
-        do {
-            Walk<TILE> span = at;
-            RowEnd<REAL> end;
-            for (int begin = 0; begin < call.value_dim; begin += SIMPLE_COLUMNS) {
-                SimpleRow<REAL> state = {nothing, 0, {}};
-                at = span;
-                for (int keys = 0; keys < call.span_keys && at.more(call); keys += TILE, at.step(call, view)) {
-                    for (int part = 0; part < at.count(call); part += 32)
-                        simple_keys<KIND, REAL>(
-                            call, call.pieces[at.piece], block, row, at.offset + part, min(at.count(call) - part, 32),
-                            begin, state);
-                }
-                ends.last = !at.more(call);
-                if (begin == 0)
-                    end = end_of_span<REAL>(call, block, row, double(state.m), state.l, ends, true, lane == 0);
-                for (int i = 0; i < SIMPLE_COLUMNS / 32; ++i) {
-                    int column = begin + lane + 32 * i;
-                    if (column < call.value_dim)
-                        end_element<REAL>(call, block, row, column, end, ends.last, state.acc[i]);
-                }
+        RowEnd end;
+        for (int begin = 0; begin < call.value_dim; begin += SIMPLE_COLUMNS) {
+            SimpleRow<REAL> state = {nothing, {}, {}};
+            for (Walk<TILE> at(call, view); at.more(call); at.step(call, view))
+                for (int part = 0; part < at.count(call); part += 32)
+                    simple_keys<KIND, REAL>(
+                        call, call.pieces[at.piece], block, row, at.offset + part, min(at.count(call) - part, 32), begin,
+                        state);
+            double base = double(state.m) - log(SIMPLE_UNIT);
+            if (begin == 0) end = end_of_row<REAL>(call, block, row, base, state.l.value(), true, lane == 0);
+            for (int i = 0; i < SIMPLE_COLUMNS / 32; ++i) {
+                int column = begin + lane + 32 * i;
+                if (column < call.value_dim) end_element<REAL>(call, block, row, column, end, state.acc[i].value());
             }
-            ends.first = false;
-        } while (at.more(call));
+        }
     }
 }
 
 // The same as a function of its own, which takes no registers from the loop that calls it.
 template <int KIND, typename REAL, int ROWS, int TILE, int THREADS>
-__device__ __noinline__ void simple_rows(const Call& call, Place block, const BlockView& view, Walk<TILE> walk, bool first) {
-    simple_rows_here<KIND, REAL, ROWS, TILE, THREADS>(call, block, view, walk, first);
+__device__ __noinline__ void simple_rows(const Call& call, Place block, const BlockView& view) {
+    simple_rows_here<KIND, REAL, ROWS, TILE, THREADS>(call, block, view);
 }

@@ -16,10 +16,10 @@
 // words too; the second product takes the values in that order. Lane bits are r0 k0 k1 k2 r1: half a warp has all 8 keys
 // and 2 rows, and a neighbour by bit 0 or 1 wants the same word, so that shared memory serves 16 lanes at once.
 //
-// Shared memory: Q, one K tile, one V tile, P, and 32 bytes that belong to the loop. Rows of all but V, which is read
+// Shared memory: Q, one K tile, one V tile, P, and the place of the block. Rows of all but V, which is read
 // along the row, are 4 elements longer than the vectors, an odd number of words: the 8 keys of a read are in 8 banks.
 //   SHARED_BYTES = 4 * ((BLOCK_ROWS + BLOCK_KEYS) (HEAD_DIM + 4) + BLOCK_KEYS VALUE_DIM
-//                       + BLOCK_ROWS (BLOCK_KEYS + 4)) + 32
+//                       + BLOCK_ROWS (BLOCK_KEYS + 4)) + 16
 // Two barriers a tile. After the scores: V has arrived, P is written, and the next K may take the place of K. After the
 // sums: the next K has arrived, and the next V may take the place of V. So each copy has a whole product to arrive in,
 // and needs no second place.
@@ -33,6 +33,7 @@
 #include "copy.cuh"
 #include "fragment.cuh"
 #include "simple.cuh"
+#include "totals.cuh"
 
 constexpr int THREADS = 32 * WARPS, WARP_ROWS = BLOCK_ROWS / WARPS;
 constexpr int ROWS = WARP_ROWS / 4, KEYS = BLOCK_KEYS / 8, COLUMN_WORDS = VALUE_DIM / 32;
@@ -44,20 +45,12 @@ constexpr int PARTS = HEAD_DIM > 128 ? 2 : 1, PART = HEAD_DIM / PARTS;
 // Steps of 4 dimensions in a loop body: enough products to hide the loop, few enough words to fit the registers.
 constexpr int STEPS = ROWS * KEYS < 64 ? 64 / (ROWS * KEYS) : 1;
 
-// The walk and the state where a span begins; see `simple_rows`.
-struct Span {
-    int piece, offset, end;
-    bool first;
-};
-
 struct Shared {
     float queries[BLOCK_ROWS * KEY_PITCH];
     float keys[BLOCK_KEYS * KEY_PITCH];
     float values[BLOCK_KEYS * VALUE_DIM];
     float weights[BLOCK_ROWS * WEIGHT_PITCH];  // each warp's rows are its own
-    // These two because registers are scarce.
-    Place block;
-    Span span;
+    Place block;                               // here, because registers are scarce
 };
 static_assert(sizeof(Shared) == SHARED_BYTES, "the host computes the same size");
 static_assert(ELEMENT == FLOAT32, "copied as it is");
@@ -65,14 +58,14 @@ static_assert(ROWS * 4 * WARPS == BLOCK_ROWS && WARP_ROWS <= 32, "whole rows of 
 static_assert(BLOCK_KEYS % 32 == 0 && HEAD_DIM % 32 == 0 && VALUE_DIM % 32 == 0, "whole words of lanes");
 
 struct Rows {
-    float best[ROWS];  // largest plain score so far
-    float sum[ROWS];   // of this lane's weights
+    float base[ROWS];  // a whole power of 2 that no score so far is above
+    float sum[ROWS];   // of this lane's weights, which are 2^(s c - base - SPAN_BITS)
     float4 acc[ROWS][COLUMN_WORDS];
 
     __device__ void clear() {
 #pragma unroll
         for (int i = 0; i < ROWS; ++i) {
-            best[i] = negative_infinity(0.0f), sum[i] = 0;
+            base[i] = LOWEST, sum[i] = 0;
 #pragma unroll
             for (int n = 0; n < COLUMN_WORDS; ++n) acc[i][n] = {0, 0, 0, 0};
         }
@@ -138,31 +131,25 @@ __device__ __forceinline__ void hide(Scores& scores, const Call& call, int64 blo
     }
 }
 
-// What is subtracted from the scores of a row, in units of the exponent of 2; nothing while all of them are -inf.
-// The product is rounded (no fused multiply-add may take it in): else a row whose maximum stays would not keep its factor 1.
-__device__ __forceinline__ float base_of(float best, float c) {
-    float base = __fmul_rn(best, c);
-    return base == negative_infinity(0.0f) ? 0.0f : base;
-}
-
-// The new maxima of the warp's rows; sums and accumulators go over to them.
-__device__ __forceinline__ void raise_maxima(Rows& rows, const Scores& scores, float c) {
-    float best[ROWS];
+// Bases of the warp's rows where a score exceeds them; sums and accumulators go over to them.
+__device__ __forceinline__ void raise_bases(Rows& rows, const Scores& scores, float c) {
+    float base[ROWS];
     bool grew = false;
 #pragma unroll
     for (int i = 0; i < ROWS; ++i) {
-        best[i] = rows.best[i];
+        float best = scores.at[i][0];
 #pragma unroll
-        for (int j = 0; j < KEYS; ++j) best[i] = fmaxf(best[i], scores.at[i][j]);
+        for (int j = 1; j < KEYS; ++j) best = fmaxf(best, scores.at[i][j]);
 #pragma unroll
-        for (int offset = 2; offset <= 8; offset *= 2) best[i] = fmaxf(best[i], __shfl_xor_sync(~0u, best[i], offset));
-        grew |= best[i] > rows.best[i];
+        for (int offset = 2; offset <= 8; offset *= 2) best = fmaxf(best, __shfl_xor_sync(~0u, best, offset));
+        base[i] = fmaxf(whole(best * c), rows.base[i]);
+        grew |= base[i] > rows.base[i];
     }
     if (!__any_sync(~0u, grew)) return;
 #pragma unroll
     for (int i = 0; i < ROWS; ++i) {
-        float alpha = exp2_of(__fmul_rn(rows.best[i], c) - base_of(best[i], c));  // 0 where there was none
-        rows.best[i] = best[i], rows.sum[i] *= alpha;
+        float alpha = exp2_of(rows.base[i] - base[i]);
+        rows.base[i] = base[i], rows.sum[i] *= alpha;
 #pragma unroll
         for (int n = 0; n < COLUMN_WORDS; ++n) {
             float4& acc = rows.acc[i][n];
@@ -175,7 +162,7 @@ __device__ __forceinline__ void raise_maxima(Rows& rows, const Scores& scores, f
 __device__ __forceinline__ void weigh(Rows& rows, const Scores& scores, float* weights, float c) {
 #pragma unroll
     for (int i = 0; i < ROWS; ++i) {
-        float base = base_of(rows.best[i], c), w[KEYS];
+        float base = rows.base[i] + SPAN_BITS, w[KEYS];
 #pragma unroll
         for (int j = 0; j < KEYS; ++j) rows.sum[i] += w[j] = exp2_of(fmaf(scores.at[i][j], c, -base));
 #pragma unroll
@@ -222,25 +209,37 @@ __device__ bool irregular(const float* values) {
     return __syncthreads_or(found);
 }
 
-// Merge the span into the state, or finish the rows; the accumulators are empty afterwards. One lane ends a row. Maxima,
-// sums and then the accumulators, 32 columns at a time, go through `weights`, the place of the warp's rows of P.
-__device__ __forceinline__ void end_span(
-    Rows& rows, const Call& call, const Place& block, SpanEnds ends, float c, float* weights) {
+// A span ends; see `close_row`.
+__device__ __forceinline__ void close_span(Rows& rows, Totals<ROWS, 4 * COLUMN_WORDS>& totals, bool first, bool last) {
+#pragma unroll
+    for (int i = 0; i < ROWS; ++i) {
+#pragma unroll
+        for (int offset = 2; offset <= 8; offset *= 2) rows.sum[i] += __shfl_xor_sync(~0u, rows.sum[i], offset);
+        close_row(
+            totals, i, rows.base[i], rows.sum[i],
+            [&](int n) -> float& {
+                float4& word = rows.acc[i][n / 4];
+                return n % 4 == 0 ? word.x : n % 4 == 1 ? word.y : n % 4 == 2 ? word.z : word.w;
+            },
+            first, last);
+    }
+    if (!last) rows.clear();
+}
+
+// Merge the rows into the state, or finish them. One lane ends a row. Bases, sums and then the accumulators, 32 columns at
+// a time, go through `weights`, the place of the warp's rows of P.
+__device__ __forceinline__ void end_block(const Rows& rows, const Call& call, const Place& block, float* weights) {
     int lane = threadIdx.x % 32;
     int64 first = block.row + threadIdx.x / 32 * WARP_ROWS;
 #pragma unroll
     for (int i = 0; i < ROWS; ++i) {
-        float sum = rows.sum[i];
-#pragma unroll
-        for (int offset = 2; offset <= 8; offset *= 2) sum += __shfl_xor_sync(~0u, sum, offset);
         float* row = weights + (row_lane() + 4 * i) * WEIGHT_PITCH;
-        if (key_lane() == 0) row[32] = __fmul_rn(rows.best[i], c), row[33] = sum;
+        if (key_lane() == 0) row[32] = rows.base[i], row[33] = rows.sum[i];
     }
     __syncwarp();
     const float* found = weights + min(lane, WARP_ROWS - 1) * WEIGHT_PITCH + 32;
-    double base = double(found[0]) * LN2;
     bool exists = lane < WARP_ROWS && first + lane < call.query_tokens;
-    RowEnd<float> end = end_of_span<float>(call, block, first + lane, base, found[1], ends, exists, exists);
+    RowEnd end = end_of_row<float>(call, block, first + lane, natural_base(found[0]), found[1], exists, exists);
     int exist = int(most(0, least(call.query_tokens - first, WARP_ROWS)));
 #pragma unroll
     for (int n = 0; n < COLUMN_WORDS; ++n) {
@@ -250,16 +249,14 @@ __device__ __forceinline__ void end_span(
         __syncwarp();
 #pragma unroll 1
         for (int row = 0; row < exist; ++row) {
-            RowEnd<float> its = {__shfl_sync(~0u, end.old, row), __shfl_sync(~0u, end.fresh, row),
-                                 bool(__shfl_sync(~0u, end.has_old, row)), bool(__shfl_sync(~0u, end.has_fresh, row)),
-                                 bool(__shfl_sync(~0u, end.skip, row))};
+            RowEnd its = {__shfl_sync(~0u, end.old, row), __shfl_sync(~0u, end.fresh, row),
+                          bool(__shfl_sync(~0u, end.has_old, row)), bool(__shfl_sync(~0u, end.has_fresh, row)),
+                          bool(__shfl_sync(~0u, end.skip, row))};
             if (32 * n + lane < call.value_dim)
-                end_element<float>(
-                    call, block, first + row, 32 * n + lane, its, ends.last, weights[row * WEIGHT_PITCH + lane]);
+                end_element<float>(call, block, first + row, 32 * n + lane, its, weights[row * WEIGHT_PITCH + lane]);
         }
         __syncwarp();
     }
-    rows.clear();
 }
 
 // Ask for the keys, or the values, of the current tile of `walk`; TO has rows of WIDTH elements PITCH elements apart.
@@ -287,8 +284,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) attend(const __gri
     extern __shared__ __align__(16) char memory[];
     Shared& shared = *reinterpret_cast<Shared*>(memory);
     Place& block = shared.block;
-    Span& span = shared.span;
-    if (threadIdx.x == 0) block = place_of<BLOCK_ROWS>(call), span.first = call.fresh;
+    if (threadIdx.x == 0) block = place_of<BLOCK_ROWS>(call);
     __syncthreads();
     const BlockView& view = view_of_rows<THREADS>(call, block.row, BLOCK_ROWS);
     Walk<BLOCK_KEYS> walk(call, view);
@@ -306,24 +302,21 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) attend(const __gri
     const float* values = shared.values + 4 * key_lane();
     float* weights = shared.weights + row_of(0) * WEIGHT_PITCH;
     const float c = float(call.scale * LOG2E);
+    Totals<ROWS, 4 * COLUMN_WORDS> totals;
     Rows rows;
     rows.clear();
-    do {
-        if (threadIdx.x == 0) span.piece = walk.piece, span.offset = walk.offset, span.end = walk.end;
+    for (bool first = true; walk.more(call); first = false) {
         for (int span_keys = 0; span_keys < call.span_keys && walk.more(call); span_keys += BLOCK_KEYS) {
             Scores scores;
             score_tile(scores, queries, keys);
             bool full = walk.full(call, view);
             if (!full) hide(scores, call, block.row, walk.token(call), walk.count(call));
-            raise_maxima(rows, scores, c);
+            raise_bases(rows, scores, c);
             weigh(rows, scores, weights, c);
             copies_arrived();
             __syncthreads();
-            if (!full && irregular(shared.values)) {
-                walk.piece = span.piece, walk.offset = span.offset, walk.end = span.end;
-                return simple_rows<ELEMENT, float, BLOCK_ROWS, BLOCK_KEYS, THREADS>(
-                    call, block, view, walk, span.first);
-            }
+            if (!full && irregular(shared.values))
+                return simple_rows<ELEMENT, float, BLOCK_ROWS, BLOCK_KEYS, THREADS>(call, block, view);
             walk.step(call, view);
             if (walk.more(call)) fetch_keys(shared, call, block, walk);
             add_values(rows, weights, values);
@@ -331,9 +324,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) attend(const __gri
             __syncthreads();
             if (walk.more(call)) fetch_values(shared, call, block, walk);
         }
-        SpanEnds ends = {span.first, !walk.more(call)};
-        end_span(rows, call, block, ends, c, shared.weights + threadIdx.x / 32 * WARP_ROWS * WEIGHT_PITCH);
-        __syncthreads();
-        if (threadIdx.x == 0) span.first = false;
-    } while (walk.more(call));
+        close_span(rows, totals, first, !walk.more(call));
+    }
+    end_block(rows, call, block, shared.weights + threadIdx.x / 32 * WARP_ROWS * WEIGHT_PITCH);
 }

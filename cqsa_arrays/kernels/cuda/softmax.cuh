@@ -1,28 +1,42 @@
 // The online softmax of the kernels for 16-bit elements: scores of a tile become weights, in the registers where products
 // leave them.
 //
-// A warp owns ROW_TILES x 16 rows; each row is shared by a quad of lanes. The base of a row follows its largest score only
-// where that grew much: weights may be as large as 2^GROWTH (Zadouri et al., "FlashAttention-4").
+// A warp owns ROW_TILES x 16 rows; each row is shared by a quad of lanes. Weights are 2^(s c - base), and the base of a row
+// follows its scores only where they leave a window around it (Zadouri et al., "FlashAttention-4", rescale for growth
+// alone):
+//
+//   weight  2^LEAST ------- 2^TOP ------- 2^MOST
+//           a tile whose    largest       a larger one makes
+//           largest is      after a       a new base
+//           smaller does    new base
+//           so, too
+//
+// float16 weights use their whole range: TOP is just below the largest number. A base that also falls lets the small
+// weights of later tiles count: beside the largest of all keys they would be nothing in float16, and many of them may
+// be most of the sum. It falls by MOST_FALL at most, for accumulators grow as it does. bfloat16 has the range of float32:
+// its weights are so small that a sum of large values stays finite, and its base never falls.
 // Defines and constants of the including file: ELEMENT, BLOCK_KEYS, VALUE_DIM, ROW_TILES.
 #pragma once
 #include "fragment.cuh"
 #include "state.cuh"
 
 constexpr int ROWS = 2 * ROW_TILES, SCORE_TILES = BLOCK_KEYS / 8, VALUE_TILES = VALUE_DIM / 8;
-// Weights may grow to 2^GROWTH before their base follows the maximum; float16 holds them with room to spare.
-constexpr float GROWTH = 8;
+constexpr bool FALLS = ELEMENT == FLOAT16;
+constexpr float TOP = FALLS ? 15 : -24, MOST = FALLS ? 15.99f : -16, LEAST = -5, MOST_FALL = FALLS ? 64 : 0;
+// Of the weights of one span, or of several: 2^15 keys.
+constexpr float LARGEST_SUM = FALLS ? 0x1p31f : 0x1p-1f;
 constexpr float LOWEST = -3.402823466e38f;
 
 // What a thread keeps of its rows: row i of ROWS is row  warp * 16 ROW_TILES + 16 (i / 2) + 8 (i % 2) + lane / 4.
 struct Rows {
-    float best[ROWS];  // this lane's largest plain score
-    float base[ROWS];  // what is subtracted from the row's scores, in powers of 2; LOWEST before any key was seen
-    float sum[ROWS];   // of this lane's weights
+    float base[ROWS];     // what is subtracted from the row's scores, in powers of 2; LOWEST before any key was seen
+    float highest[ROWS];  // that base has been
+    float sum[ROWS];      // of this lane's weights
     float acc[ROW_TILES][VALUE_TILES][4];
 
     __device__ void clear() {
 #pragma unroll
-        for (int i = 0; i < ROWS; ++i) best[i] = negative_infinity(0.0f), base[i] = LOWEST, sum[i] = 0;
+        for (int i = 0; i < ROWS; ++i) base[i] = highest[i] = LOWEST, sum[i] = 0;
 #pragma unroll
         for (int t = 0; t < ROW_TILES; ++t)
             for (int n = 0; n < VALUE_TILES; ++n)
@@ -87,24 +101,41 @@ __device__ __forceinline__ bool irregular_pair(uint32 pair) {
     return (pair & EXPONENT) == EXPONENT || (pair >> 16 & EXPONENT) == EXPONENT;
 }
 
-__device__ __forceinline__ void best_of_scores(Rows& rows, const Scores& scores) {
+// The largest plain scores that this lane has of its rows.
+__device__ __forceinline__ void best_of_scores(float (&best)[ROWS], const Scores& scores) {
 #pragma unroll
     for (int n = 0; n < SCORE_TILES; ++n)
 #pragma unroll
-        for (int i = 0; i < ROWS; ++i)
-            rows.best[i] = fmaxf(rows.best[i], fmaxf(scores.at[i / 2][n][i % 2 * 2], scores.at[i / 2][n][i % 2 * 2 + 1]));
+        for (int i = 0; i < ROWS; ++i) {
+            float larger = fmaxf(scores.at[i / 2][n][i % 2 * 2], scores.at[i / 2][n][i % 2 * 2 + 1]);
+            best[i] = n == 0 ? larger : fmaxf(best[i], larger);
+        }
 }
 
-// The base of each row follows its maximum, over all lanes; sums go over to it by `alpha`, and accumulators have to. The
-// product is rounded once, so that a base that stays gives 1.
-__device__ __forceinline__ void rebase(Rows& rows, float (&alpha)[ROWS], float c) {
+// Whether a largest weight of 2^x wants another base.
+__device__ __forceinline__ bool outside(float x) { return x > MOST || (FALLS && x < LEAST); }
+
+// Whether a tile with these scores may want one; of a row's lanes each knows some of its scores.
+__device__ __forceinline__ bool may_be_outside(const Rows& rows, const float (&best)[ROWS], float c) {
+    constexpr float MIDDLE = (MOST + LEAST) / 2, HALF = (MOST - LEAST) / 2;
+    bool found = false;
+#pragma unroll
+    for (int i = 0; i < ROWS; ++i)
+        found |= FALLS ? fabsf(fmaf(best[i], c, -(rows.base[i] + MIDDLE))) > HALF : fmaf(best[i], c, -rows.base[i]) > MOST;
+    return found;
+}
+
+// New bases where they are wanted; sums go over to them by `alpha`, and accumulators have to. The product is rounded once,
+// so that the largest score has the weight 2^TOP.
+__device__ __forceinline__ void rebase(Rows& rows, float (&best)[ROWS], float (&alpha)[ROWS], float c) {
 #pragma unroll
     for (int i = 0; i < ROWS; ++i) {
-        rows.best[i] = fmaxf(rows.best[i], __shfl_xor_sync(~0u, rows.best[i], 1));
-        rows.best[i] = fmaxf(rows.best[i], __shfl_xor_sync(~0u, rows.best[i], 2));
-        float base = fmaxf(__fmul_rn(rows.best[i], c), rows.base[i]);
+        best[i] = fmaxf(best[i], __shfl_xor_sync(~0u, best[i], 1));
+        best[i] = fmaxf(best[i], __shfl_xor_sync(~0u, best[i], 2));
+        float peak = __fmul_rn(best[i], c), base = rows.base[i];
+        if (outside(peak - base) && peak >= LOWEST) base = fmaxf(peak - TOP, rows.highest[i] - MOST_FALL);
         alpha[i] = exp2_of(rows.base[i] - base);
-        rows.sum[i] *= alpha[i], rows.base[i] = base;
+        rows.sum[i] *= alpha[i], rows.base[i] = base, rows.highest[i] = fmaxf(rows.highest[i], base);
     }
 }
 
@@ -116,17 +147,16 @@ __device__ __forceinline__ void rescale(Rows& rows, const float (&alpha)[ROWS]) 
             for (int e = 0; e < 2; ++e) rows.acc[i / 2][n][i % 2 * 2 + e] *= alpha[i];
 }
 
-// One step of the online softmax: scores become weights, still as float32. Where some maximum has grown much,
-// `rescale_by(alpha)` is called, after which the accumulators are to be, or will be, rescaled.
+// One step of the online softmax: scores become weights, still as float32. Where some row has a new base,
+// `rescale_by(alpha)` is called, after which the accumulators are to be, or will be, rescaled. Weights are summed tile by
+// tile, so that a long sum has few terms.
 template <typename RescaleBy>
 __device__ __forceinline__ void soften(Scores& scores, Rows& rows, float c, RescaleBy rescale_by) {
-    best_of_scores(rows, scores);
-    bool grew = false;
-#pragma unroll
-    for (int i = 0; i < ROWS; ++i) grew |= __fmul_rn(rows.best[i], c) > rows.base[i] + GROWTH;
-    if (__builtin_expect(__any_sync(~0u, grew), 0)) {
+    float best[ROWS], sum[ROWS];
+    best_of_scores(best, scores);
+    if (__builtin_expect(__any_sync(~0u, may_be_outside(rows, best, c)), 0)) {
         float alpha[ROWS];
-        rebase(rows, alpha, c);
+        rebase(rows, best, alpha, c);
         rescale_by(alpha);
     }
 #pragma unroll
@@ -135,8 +165,10 @@ __device__ __forceinline__ void soften(Scores& scores, Rows& rows, float c, Resc
         for (int i = 0; i < ROWS; ++i) {
             float* pair = &scores.at[i / 2][n][i % 2 * 2];
             pair[0] = exp2_of(fmaf(pair[0], c, -rows.base[i])), pair[1] = exp2_of(fmaf(pair[1], c, -rows.base[i]));
-            rows.sum[i] += pair[0] + pair[1];
+            sum[i] = n == 0 ? pair[0] + pair[1] : sum[i] + (pair[0] + pair[1]);
         }
+#pragma unroll
+    for (int i = 0; i < ROWS; ++i) rows.sum[i] += sum[i];
 }
 
 __device__ __forceinline__ void pack(Weights& weights, const Scores& scores) {
@@ -146,4 +178,47 @@ __device__ __forceinline__ void pack(Weights& weights, const Scores& scores) {
         for (int i = 0; i < ROWS; ++i)
             weights.at[n / 2][i / 2][n % 2 * 2 + i % 2] =
                 packed(scores.at[i / 2][n][i % 2 * 2], scores.at[i / 2][n][i % 2 * 2 + 1]);
+}
+
+// What the spans of a launch have come to so far, from zero. It lies in local memory, of which the driver keeps some for
+// every thread that can be resident anyway, and is touched once a span: it takes neither registers nor memory of the plan.
+struct Totals {
+    float base[ROWS], sum[ROWS], acc[ROW_TILES * VALUE_TILES * 4];
+
+    // Who gives its address away keeps it in memory.
+    __device__ __forceinline__ Totals() { asm volatile("" ::"l"(this) : "memory"); }
+};
+
+// A span ends: `rows` have it together with those before, if there are any. Where more follow, `totals` take it over, and
+// `rows` begin anew.
+__device__ __forceinline__ void close_span(Rows& rows, Totals& totals, bool first, bool last) {
+#pragma unroll
+    for (int i = 0; i < ROWS; ++i) {
+        rows.sum[i] += __shfl_xor_sync(~0u, rows.sum[i], 1);
+        rows.sum[i] += __shfl_xor_sync(~0u, rows.sum[i], 2);
+        if (!first) {
+            float base = fmaxf(rows.base[i], totals.base[i]);
+            float fresh = exp2_of(rows.base[i] - base), old = exp2_of(totals.base[i] - base);
+            float sum = fmaf(rows.sum[i], fresh, totals.sum[i] * old);
+            if (sum > LARGEST_SUM) base += 1, fresh *= 0.5f, old *= 0.5f, sum *= 0.5f;
+            rows.base[i] = base, rows.sum[i] = sum;
+#pragma unroll
+            for (int n = 0; n < VALUE_TILES; ++n)
+                for (int e = 0; e < 2; ++e) {
+                    float& acc = rows.acc[i / 2][n][i % 2 * 2 + e];
+                    acc = fmaf(acc, fresh, totals.acc[(i * VALUE_TILES + n) * 2 + e] * old);
+                }
+        }
+        if (last) continue;
+        totals.base[i] = rows.base[i], totals.sum[i] = rows.sum[i];
+#pragma unroll
+        for (int n = 0; n < VALUE_TILES; ++n)
+            for (int e = 0; e < 2; ++e) totals.acc[(i * VALUE_TILES + n) * 2 + e] = rows.acc[i / 2][n][i % 2 * 2 + e];
+    }
+    if (!last) rows.clear();
+}
+
+// The base of a row's state, from that of its weights.
+__device__ __forceinline__ double natural_base(float base) {
+    return base == LOWEST ? negative_infinity(0.0) : double(base) * LN2;
 }

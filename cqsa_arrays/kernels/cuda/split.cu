@@ -14,8 +14,9 @@
 //     ...    |                          |  as A operand|                        |
 //
 // Scales: each tile of K and of V, and the block's Q, is multiplied by the power of two that brings its largest magnitude
-// to 2^14 .. 2^15. A pair has 22 significant bits, and at least steps of 2^-24, 2^-38 of the largest. Weights are made
-// 2^WEIGHT_SHIFT times as large.
+// to 2^14 .. 2^15; so are the weights that a row has in a tile. A pair has 22 significant bits, and at least steps of 2^-24,
+// 2^-39 of the largest. Weights that lose digits by that (`SHADE`), as where one key of a tile outweighs the others by far,
+// are multiplied in further parts.
 //
 // Tensor cores cut off what does not fit where an ordinary sum rounds, so errors of a long sum would all point the same way.
 // Therefore P V of one tile starts from zero and is added to O by an ordinary sum. Scores are long sums as well: that is
@@ -28,8 +29,7 @@
 // are there. A thread splits the very words that it has copied, and then asks for those of the next tile, which fly
 // meanwhile. Vectors that are not aligned are copied by other threads: one barrier more.
 //
-// Infinities and NaN have no parts. A block that meets one, or a magnitude from 2^63 on, leaves its span and the rest of
-// its keys to `simple_rows`. So what is multiplied here is finite, and an unseen key of weight 0 adds nothing.
+// Infinities and NaN have no parts. A block that meets one, or a magnitude from 2^63 on, leaves its keys to `simple_rows`. So what is multiplied here is finite, and an unseen key of weight 0 adds nothing.
 //
 // Sources: Ootomo and Yokota, "Recovering single precision accuracy from Tensor Cores while surpassing the FP32 theoretical
 // peak performance", arXiv 2203.03341; Dao, "FlashAttention-2", arXiv 2307.08691 (the loop, rows by warps); PTX ISA,
@@ -48,13 +48,13 @@ static_assert(WARPS % TURNS == 0, "equal turns");
 
 // What a thread keeps of its rows: row i of ROWS is row  warp * 16 ROW_TILES + 16 (i / 2) + 8 (i % 2) + lane / 4.
 struct Rows {
-    float best[ROWS];                            // largest plain score so far
-    float sum[ROWS];                             // of this lane's weights
+    float base[ROWS];  // a whole power of 2 that no score so far is above
+    float sum[ROWS];   // of this lane's weights, which are 2^(s c - base - SPAN_BITS)
     float acc[ROW_TILES][VALUE_TILES][4];
 
     __device__ __forceinline__ void clear() {
 #pragma unroll
-        for (int i = 0; i < ROWS; ++i) best[i] = negative_infinity(0.0f), sum[i] = 0;
+        for (int i = 0; i < ROWS; ++i) base[i] = LOWEST, sum[i] = 0;
 #pragma unroll
         for (int t = 0; t < ROW_TILES; ++t)
 #pragma unroll
@@ -126,61 +126,83 @@ __device__ __forceinline__ void hide(Scores& scores, const Call& call, int64 blo
     }
 }
 
-// What is subtracted from the scores of a row, in units of the exponent of 2.
-__device__ __forceinline__ float base_of(float best, float c) { return fmaf(best, c, -float(WEIGHT_SHIFT)); }
-
-// The new maxima of the warp's rows; sums and accumulators go over to them. `unit` is what scores are multiples of.
-__device__ __forceinline__ void raise_maxima(Rows& rows, const Scores& scores, float c, float unit) {
-    float best[ROWS];
+// Bases of a tile, its largest scores rounded up; those of the rows follow where they are exceeded, and sums and
+// accumulators go over to them. `unit` is what scores are multiples of, in powers of 2.
+__device__ __forceinline__ void raise_bases(float (&tile)[ROWS], Rows& rows, const Scores& scores, float unit) {
     bool grew = false;
 #pragma unroll
     for (int n = 0; n < SCORE_TILES; ++n)
 #pragma unroll
         for (int i = 0; i < ROWS; ++i) {
             float larger = fmaxf(scores.at[i / 2][n][i % 2 * 2], scores.at[i / 2][n][i % 2 * 2 + 1]);
-            best[i] = n == 0 ? larger : fmaxf(best[i], larger);
+            tile[i] = n == 0 ? larger : fmaxf(tile[i], larger);
         }
 #pragma unroll
-    for (int i = 0; i < ROWS; ++i) best[i] = fmaxf(best[i], __shfl_xor_sync(~0u, best[i], 1));
+    for (int i = 0; i < ROWS; ++i) tile[i] = fmaxf(tile[i], __shfl_xor_sync(~0u, tile[i], 1));
 #pragma unroll
     for (int i = 0; i < ROWS; ++i) {
-        best[i] = fmaxf(fmaxf(best[i], __shfl_xor_sync(~0u, best[i], 2)) * unit, rows.best[i]);
-        grew |= best[i] > rows.best[i];
+        tile[i] = whole(fmaxf(tile[i], __shfl_xor_sync(~0u, tile[i], 2)) * unit);
+        grew |= tile[i] > rows.base[i];
     }
     if (!__any_sync(~0u, grew)) return;
 #pragma unroll
     for (int i = 0; i < ROWS; ++i) {
-        bool empty = rows.best[i] == negative_infinity(0.0f);
-        float alpha = empty ? 0.0f : exp2_of(base_of(rows.best[i], c) - base_of(best[i], c));
-        rows.sum[i] *= alpha, rows.best[i] = best[i];
+        float base = fmaxf(tile[i], rows.base[i]), alpha = exp2_of(rows.base[i] - base);
+        rows.sum[i] *= alpha, rows.base[i] = base;
 #pragma unroll
         for (int n = 0; n < VALUE_TILES; ++n)
             for (int e = 0; e < 2; ++e) rows.acc[i / 2][n][i % 2 * 2 + e] *= alpha;
     }
 }
 
-// Scores become weights, which are added up, tile by tile, so that a long sum has few terms, and split.
-__device__ __forceinline__ void weigh(Weights& weights, Scores& scores, Rows& rows, float c, float unit) {
-    float base[ROWS], sum[ROWS];
-#pragma unroll
-    for (int i = 0; i < ROWS; ++i)
-        base[i] = rows.best[i] == negative_infinity(0.0f) ? 0.0f : base_of(rows.best[i], c), sum[i] = 0;
+// Weights of a tile, 2^(s c - tile + TOP), split. Whether some are so small beside the others that they lost digits, or
+// zero. They are summed tile by tile, so that a long sum has few terms.
+__device__ __forceinline__ bool weigh(
+    Weights& weights, const Scores& scores, Rows& rows, const float (&tile)[ROWS], const float (&factor)[ROWS], float unit) {
+    float sum[ROWS];
+    uint32 least_pair = 0x7bff7bff;
 #pragma unroll
     for (int n = 0; n < SCORE_TILES; ++n)
 #pragma unroll
         for (int i = 0; i < ROWS; ++i) {
             const float* pair = &scores.at[i / 2][n][i % 2 * 2];
-            float x = exp2_of(fmaf(pair[0], c * unit, -base[i])), y = exp2_of(fmaf(pair[1], c * unit, -base[i]));
-            sum[i] += x + y;
-            int e = n % 2 * 2 + i % 2;
-            split(weights.high[i / 2][n / 2][e], weights.low[i / 2][n / 2][e], x, y);
+            float base = tile[i] - TOP, x = exp2_of(fmaf(pair[0], unit, -base)), y = exp2_of(fmaf(pair[1], unit, -base));
+            sum[i] = n == 0 ? x + y : sum[i] + (x + y);
+            uint32& high = weights.high[i / 2][n / 2][n % 2 * 2 + i % 2];
+            split(high, weights.low[i / 2][n / 2][n % 2 * 2 + i % 2], x, y);
+            asm("min.f16x2 %0, %0, %1;" : "+r"(least_pair) : "r"(high));
         }
 #pragma unroll
-    for (int i = 0; i < ROWS; ++i) rows.sum[i] += sum[i];
+    for (int i = 0; i < ROWS; ++i) rows.sum[i] = fmaf(sum[i], factor[i], rows.sum[i]);
+    constexpr uint32 SMALL = (15 + TOP - SHADE) << 10;  // 2^(TOP - SHADE), float16
+    return (least_pair & 0xffff) < SMALL || least_pair >> 16 < SMALL;
 }
 
-// O += P V; `unit` is what the tile's values are multiples of.
-__device__ __forceinline__ void add_values(Rows& rows, const Weights& weights, uint32 values, float unit) {
+// Parts of what the parts of small weights have lost, 2^(LIFT lift) times as large. Whether there is anything.
+__device__ __forceinline__ bool lift(Weights& weights, const Scores& scores, const float (&tile)[ROWS], float unit, int lift) {
+    bool found = false;
+#pragma unroll
+    for (int n = 0; n < SCORE_TILES; ++n)
+#pragma unroll
+        for (int i = 0; i < ROWS; ++i) {
+            const float* pair = &scores.at[i / 2][n][i % 2 * 2];
+            float base = tile[i] - TOP, x = exp2_of(fmaf(pair[0], unit, -base)), y = exp2_of(fmaf(pair[1], unit, -base));
+            uint32 high, low;
+#pragma unroll 1
+            for (int step = 0; step < lift; ++step) {
+                x = shaded(x), y = shaded(y), split(high, low, x, y);
+                x = lost(x, high, low) * power_of_two(LIFT), y = lost(y, high >> 16, low >> 16) * power_of_two(LIFT);
+            }
+            split(high, low, x, y);
+            weights.high[i / 2][n / 2][n % 2 * 2 + i % 2] = high, weights.low[i / 2][n / 2][n % 2 * 2 + i % 2] = low;
+            found |= x != 0 || y != 0;
+        }
+    return found;
+}
+
+// O += P V, scaled by the power of two `early`, 1 as a rule, and then row by row by `late`: neither is too small for float32.
+__device__ __forceinline__ void add_values(
+    Rows& rows, const Weights& weights, uint32 values, float early, const float (&late)[ROWS]) {
     constexpr uint32 LOW = sizeof(Shared::values) / 2;
 #pragma unroll
     for (int n = 0; n < VALUE_TILES; n += GROUP) {
@@ -204,25 +226,59 @@ __device__ __forceinline__ void add_values(Rows& rows, const Weights& weights, u
                         multiply(sum[t][j], a, b[j % 2 * 2], b[j % 2 * 2 + 1]);
                     }
         }
+        if (early != 1)
+#pragma unroll
+            for (int t = 0; t < ROW_TILES; ++t)
+                for (int j = 0; j < GROUP; ++j)
+                    for (int e = 0; e < 4; ++e) sum[t][j][e] *= early;
 #pragma unroll
         for (int t = 0; t < ROW_TILES; ++t)
 #pragma unroll
             for (int j = 0; j < GROUP; ++j)
-                for (int e = 0; e < 4; ++e) rows.acc[t][n + j][e] = fmaf(sum[t][j][e], unit, rows.acc[t][n + j][e]);
+                for (int e = 0; e < 4; ++e)
+                    rows.acc[t][n + j][e] = fmaf(sum[t][j][e], late[2 * t + e / 2], rows.acc[t][n + j][e]);
     }
 }
 
-// Merge the span into the state, or finish the rows; the accumulators are empty afterwards. Rows are staged at `stage`.
-__device__ __forceinline__ void end_span(
-    Rows& rows, const Call& call, const Place& block, SpanEnds ends, float c, float* stage) {
-    constexpr float UNIT = 1.0f / (1 << WEIGHT_SHIFT);
-    int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-    float* staged = stage + warp / TURNS * 16 * STAGE_PITCH;
+// One tile whose parts are there: scores become weights, weights and values join the rows. `unit`: see `raise_bases`.
+__device__ __forceinline__ void attend_tile(
+    Rows& rows, const Scores& scores, uint32 values, float unit, int value_scale) {
+    float tile[ROWS], factor[ROWS], late[ROWS];
+    raise_bases(tile, rows, scores, unit);
+    const float back = power_of_two(-value_scale);
+    const bool far = value_scale > EARLY_SCALE;
+#pragma unroll
+    for (int i = 0; i < ROWS; ++i) {
+        factor[i] = exp2_of(tile[i] - rows.base[i] - (TOP + SPAN_BITS));
+        late[i] = far ? factor[i] : factor[i] * back;
+    }
+    Weights weights;
+    bool shaded = weigh(weights, scores, rows, tile, factor, unit);
+    add_values(rows, weights, values, far ? back : 1, late);
+    if (__builtin_expect(!__any_sync(~0u, shaded), 1)) return;
+#pragma unroll 1
+    for (int times = 1; times <= LIFTS; ++times)
+        if (__any_sync(~0u, lift(weights, scores, tile, unit, times)))
+            add_values(rows, weights, values, back * power_of_two(-LIFT * times), factor);
+}
+
+// A span ends; see `close_row`.
+__device__ __forceinline__ void close_span(Rows& rows, Totals<ROWS, 2 * VALUE_TILES>& totals, bool first, bool last) {
 #pragma unroll
     for (int i = 0; i < ROWS; ++i) {
         rows.sum[i] += __shfl_xor_sync(~0u, rows.sum[i], 1);
         rows.sum[i] += __shfl_xor_sync(~0u, rows.sum[i], 2);
+        close_row(
+            totals, i, rows.base[i], rows.sum[i],
+            [&](int n) -> float& { return rows.acc[i / 2][n / 2][i % 2 * 2 + n % 2]; }, first, last);
     }
+    if (!last) rows.clear();
+}
+
+// Merge the rows into the state, or finish them. Rows are staged at `stage`.
+__device__ __forceinline__ void end_block(const Rows& rows, const Call& call, const Place& block, float* stage) {
+    int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+    float* staged = stage + warp / TURNS * 16 * STAGE_PITCH;
 #pragma unroll 1
     for (int turn = 0; turn < TURNS; ++turn) {
         __syncthreads();
@@ -232,21 +288,21 @@ __device__ __forceinline__ void end_span(
 #pragma unroll
             for (int n = 0; n < VALUE_TILES; ++n)
                 for (int e = 0; e < 4; ++e)
-                    staged[(lane / 4 + e / 2 * 8) * STAGE_PITCH + n * 8 + lane % 4 * 2 + e % 2] = rows.acc[t][n][e] * UNIT;
+                    staged[(lane / 4 + e / 2 * 8) * STAGE_PITCH + n * 8 + lane % 4 * 2 + e % 2] = rows.acc[t][n][e];
             // Row r of the tile is with the four lanes from 4 (r % 8) on: rows 0-7 as 2 t, rows 8-15 as 2 t + 1.
             int holder = lane % 8 * 4;
-            float sums[2], bests[2];
+            float sums[2], bases[2];
             for (int half = 0; half < 2; ++half) {
                 sums[half] = __shfl_sync(~0u, rows.sum[2 * t + half], holder);
-                bests[half] = __shfl_sync(~0u, rows.best[2 * t + half], holder);
+                bases[half] = __shfl_sync(~0u, rows.base[2 * t + half], holder);
             }
             bool upper = lane / 8 % 2;
-            double base = (double(base_of(upper ? bests[1] : bests[0], c)) + WEIGHT_SHIFT) * LN2;
             int64 first = block.row + (warp * ROW_TILES + t) * 16;
-            end_rows(call, block, first, staged, STAGE_PITCH, base, (upper ? sums[1] : sums[0]) * UNIT, ends);
+            end_rows(
+                call, block, first, staged, STAGE_PITCH, natural_base(upper ? bases[1] : bases[0]),
+                upper ? sums[1] : sums[0]);
         }
     }
-    rows.clear();
 }
 
 extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) attend(const __grid_constant__ Call call) {
@@ -256,7 +312,6 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) attend(const __gri
     Place block = place_of<BLOCK_ROWS>(call);
     const BlockView& view = view_of_rows<THREADS>(call, block.row, BLOCK_ROWS);
     Walk<BLOCK_KEYS> walk(call, view);
-    int span_piece = walk.piece, span_offset = walk.offset;
     if (walk.more(call)) fetch(shared, call, block, walk);
     const int query_scale = walk.more(call) ? split_queries(call, block, shared, largest) : 0;
 
@@ -269,11 +324,11 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) attend(const __gri
     uint32 values = shared_address(shared.values.high + by_row * VALUE_PITCH + by_column);
 
     const float c = float(call.scale * LOG2E);
+    Totals<ROWS, 2 * VALUE_TILES> totals;
     Rows rows;
     rows.clear();
-    SpanEnds ends = {bool(call.fresh), false};
-    float* stage = reinterpret_cast<float*>(shared.keys.high);
     int span_keys = 0;
+    bool first = true;  // span
     while (walk.more(call)) {
         bool full = walk.full(call, view);
         int64 token = walk.token(call);
@@ -283,30 +338,20 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) attend(const __gri
         uint32 key = largest_of<BLOCK_KEYS * HEAD_DIM>(shared.raw_keys);
         Largest found = largest_of_block(largest, key, largest_of<BLOCK_KEYS * VALUE_DIM>(shared.raw_values));
         if (max(found.a, found.b) >= TOO_LARGE || query_scale == NO_SCALE)
-            return simple_rows<ELEMENT, float, BLOCK_ROWS, BLOCK_KEYS, THREADS>(
-                call, block, view, Walk<BLOCK_KEYS>::back_at(call, view, span_piece, span_offset), ends.first);
+            return simple_rows<ELEMENT, float, BLOCK_ROWS, BLOCK_KEYS, THREADS>(call, block, view);
         int key_scale = scale_of(found.a, 126 - query_scale), value_scale = scale_of(found.b, 126);
         split_rows<BLOCK_KEYS * HEAD_DIM, HEAD_DIM>(shared.keys, shared.raw_keys, power_of_two(key_scale));
         split_rows<BLOCK_KEYS * VALUE_DIM, VALUE_DIM>(shared.values, shared.raw_values, power_of_two(value_scale));
         __syncthreads();
         walk.step(call, view), span_keys += BLOCK_KEYS;
-        ends.last = !walk.more(call);
-        if (!ends.last) fetch(shared, call, block, walk);
+        bool last = !walk.more(call);
+        if (!last) fetch(shared, call, block, walk);
 
         Scores scores;
-        Weights weights;
-        float unit = power_of_two(-query_scale - key_scale);
         score_tile(scores, queries, keys);
         if (!full) hide(scores, call, block.row, token, count);
-        raise_maxima(rows, scores, c, unit);
-        weigh(weights, scores, rows, c, unit);
-        add_values(rows, weights, values, power_of_two(-value_scale));
-        if (ends.last || span_keys >= call.span_keys) {
-            end_span(rows, call, block, ends, c, stage);
-            if (ends.last) return;
-            ends.first = false, span_piece = walk.piece, span_offset = walk.offset, span_keys = 0;
-        }
+        attend_tile(rows, scores, values, c * power_of_two(-query_scale - key_scale), value_scale);
+        if (last || span_keys >= call.span_keys) close_span(rows, totals, first, last), first = false, span_keys = 0;
     }
-    ends.last = true;  // no row of the block sees a key
-    end_span(rows, call, block, ends, c, stage);
+    end_block(rows, call, block, reinterpret_cast<float*>(shared.keys.high));
 }

@@ -6,12 +6,18 @@
 #include "finish.cuh"
 #include "fragment.cuh"
 #include "simple.cuh"
+#include "totals.cuh"
 
 constexpr int THREADS = 32 * WARPS, ROW_TILES = BLOCK_ROWS / (16 * WARPS), ROWS = 2 * ROW_TILES;
 constexpr int KEY_PITCH = HEAD_DIM + 8, VALUE_PITCH = VALUE_DIM + 8;
 constexpr int STAGE_PITCH = VALUE_DIM + 4;  // floats
 constexpr int SCORE_TILES = BLOCK_KEYS / 8, VALUE_TILES = VALUE_DIM / 8, KEY_STEPS = BLOCK_KEYS / 16;
-constexpr int WEIGHT_SHIFT = 8;  // weights are 2^WEIGHT_SHIFT times as large, for their low parts
+constexpr int TOP = 15;  // a tile's largest weight of a row is nearly 2^TOP, so that the others have their low parts
+// Weights 2^SHADE times smaller than 2^TOP lose digits in their parts. What is lost is multiplied, too, 2^LIFT times as large,
+// and what that loses once more.
+constexpr int SHADE = 28, LIFT = 40, LIFTS = 2;
+// Values scaled by more than this have sums that are scaled back before those of the weights are.
+constexpr int EARLY_SCALE = 20;
 constexpr uint32 TOO_LARGE = (127 + 63) << 23;  // 2^63 as bits
 
 // The two parts of N numbers.
@@ -47,6 +53,14 @@ __device__ __forceinline__ uint32 packed(float low, float high) {
 __device__ __forceinline__ void split(uint32& high, uint32& low, float x, float y) {
     high = packed(x, y);
     low = packed(x - half_to_float(uint16(high)), y - half_to_float(uint16(high >> 16)));
+}
+
+// A weight that loses digits in its parts, or zero.
+__device__ __forceinline__ float shaded(float x) { return fabsf(x) < 1.0f / (1 << (SHADE - TOP)) ? x : 0; }
+
+// What the parts in the lower halves of `high` and `low` leave of x.
+__device__ __forceinline__ float lost(float x, uint32 high, uint32 low) {
+    return x - half_to_float(uint16(high)) - half_to_float(uint16(low));
 }
 
 // 2^exponent, from -126 to 127.

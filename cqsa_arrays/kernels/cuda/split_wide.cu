@@ -30,7 +30,7 @@
 //
 // Infinities and NaN: of an element that is not finite, or rounds to infinity, the low part is NaN. So each one of a query
 // or key makes its weights NaN, each one of a value its sums, in rows that do not see it as well, as 0 * NaN is NaN. A span
-// that leaves anything but finite numbers in a row of the block is computed again by `simple_rows`, and the rest with it.
+// that leaves anything but finite numbers in a row of the block has all of its keys computed again by `simple_rows`.
 //
 // Sources: Ootomo and Yokota, "Recovering single precision accuracy from Tensor Cores while surpassing the FP32 theoretical
 // peak performance", arXiv 2203.03341; Dao, "FlashAttention-2", arXiv 2307.08691 (the loop, rows by warps); PTX ISA,
@@ -39,6 +39,7 @@
 #include "copy.cuh"
 #include "fragment.cuh"
 #include "simple.cuh"
+#include "totals.cuh"
 
 constexpr int THREADS = 32 * WARPS, ROW_TILES = BLOCK_ROWS / (16 * WARPS), ROWS = 2 * ROW_TILES;
 constexpr int KEY_PITCH = HEAD_DIM + 16, VALUE_PITCH = VALUE_DIM + 4;
@@ -68,13 +69,13 @@ struct Notes {
 // What a thread keeps of its rows: row i of ROWS is row  warp * 16 ROW_TILES + 16 (i / 2) + 8 (i % 2) + lane / 4.
 // Element e of acc[t][n] is of row 2 t + e / 2 and of the column that `column_of` says.
 struct Rows {
-    float best[ROWS];  // largest plain score so far
-    float sum[ROWS];   // of this lane's weights
+    float base[ROWS];  // a whole power of 2 that no score so far is above
+    float sum[ROWS];   // of this lane's weights, which are 2^(s c - base - SPAN_BITS)
     float acc[ROW_TILES][VALUE_TILES][4];
 
     __device__ __forceinline__ void clear() {
 #pragma unroll
-        for (int i = 0; i < ROWS; ++i) best[i] = negative_infinity(0.0f), sum[i] = 0;
+        for (int i = 0; i < ROWS; ++i) base[i] = LOWEST, sum[i] = 0;
 #pragma unroll
         for (int t = 0; t < ROW_TILES; ++t)
 #pragma unroll
@@ -205,31 +206,26 @@ __device__ __forceinline__ void hide(Scores& scores, const Call& call, int64 blo
     }
 }
 
-// What is subtracted from the scores of a row, in units of the exponent of 2; nothing while all of them are -inf.
-__device__ __forceinline__ float base_of(float best, float c) {
-    float base = best * c;
-    return base == negative_infinity(0.0f) ? 0.0f : base;
-}
-
-// The new maxima of the warp's rows; sums and accumulators go over to them.
-__device__ __forceinline__ void raise_maxima(Rows& rows, const Scores& scores, float c) {
-    float best[ROWS];
+// Bases of the warp's rows where a score exceeds them; sums and accumulators go over to them.
+__device__ __forceinline__ void raise_bases(Rows& rows, const Scores& scores, float c) {
+    float base[ROWS];
     bool grew = false;
 #pragma unroll
     for (int i = 0; i < ROWS; ++i) {
-        best[i] = rows.best[i];
+        float best = negative_infinity(0.0f);
 #pragma unroll
         for (int n = 0; n < SCORE_TILES; ++n)
-            best[i] = fmaxf(best[i], fmaxf(scores.at[i / 2][n][i % 2 * 2], scores.at[i / 2][n][i % 2 * 2 + 1]));
-        best[i] = fmaxf(best[i], __shfl_xor_sync(~0u, best[i], 1));
-        best[i] = fmaxf(best[i], __shfl_xor_sync(~0u, best[i], 2));
-        grew |= best[i] > rows.best[i];
+            best = fmaxf(best, fmaxf(scores.at[i / 2][n][i % 2 * 2], scores.at[i / 2][n][i % 2 * 2 + 1]));
+        best = fmaxf(best, __shfl_xor_sync(~0u, best, 1));
+        best = fmaxf(best, __shfl_xor_sync(~0u, best, 2));
+        base[i] = fmaxf(whole(best * c), rows.base[i]);
+        grew |= base[i] > rows.base[i];
     }
     if (!__any_sync(~0u, grew)) return;
 #pragma unroll
     for (int i = 0; i < ROWS; ++i) {
-        float alpha = exp2_of(rows.best[i] * c - base_of(best[i], c));  // 0 where there was none
-        rows.best[i] = best[i], rows.sum[i] *= alpha;
+        float alpha = exp2_of(rows.base[i] - base[i]);
+        rows.base[i] = base[i], rows.sum[i] *= alpha;
 #pragma unroll
         for (int n = 0; n < VALUE_TILES; ++n)
             for (int e = 0; e < 2; ++e) rows.acc[i / 2][n][i % 2 * 2 + e] *= alpha;
@@ -240,7 +236,7 @@ __device__ __forceinline__ void raise_maxima(Rows& rows, const Scores& scores, f
 __device__ __forceinline__ void weigh(Scores& scores, Rows& rows, float c) {
 #pragma unroll
     for (int i = 0; i < ROWS; ++i) {
-        float base = base_of(rows.best[i], c), sum = 0;
+        float base = rows.base[i] + SPAN_BITS, sum = 0;
 #pragma unroll
         for (int n = 0; n < SCORE_TILES; ++n)
             for (int e = 0; e < 2; ++e) {
@@ -285,7 +281,7 @@ __device__ __forceinline__ void add_values(Rows& rows, const Scores& weights, in
     }
 }
 
-// Whether a row of the block has a sum that is not finite; a barrier.
+// Whether a row of the block has a sum that is not finite; a barrier. Finite values have finite sums.
 __device__ __forceinline__ bool irregular(const Rows& rows) {
     float zero = 0;  // x * 0 is NaN for those
 #pragma unroll
@@ -298,28 +294,36 @@ __device__ __forceinline__ bool irregular(const Rows& rows) {
     return __syncthreads_or(zero != zero);
 }
 
-// Merge the span into the state, or finish the rows; the accumulators are empty afterwards.
-__device__ __forceinline__ void end_span(Rows& rows, const Call& call, const Place& block, SpanEnds ends, float c) {
+// A span ends; see `close_row`.
+__device__ __forceinline__ void close_span(Rows& rows, Totals<ROWS, 2 * VALUE_TILES>& totals, bool first, bool last) {
+#pragma unroll
+    for (int i = 0; i < ROWS; ++i) {
+        rows.sum[i] += __shfl_xor_sync(~0u, rows.sum[i], 1);
+        rows.sum[i] += __shfl_xor_sync(~0u, rows.sum[i], 2);
+        close_row(
+            totals, i, rows.base[i], rows.sum[i],
+            [&](int n) -> float& { return rows.acc[i / 2][n / 2][i % 2 * 2 + n % 2]; }, first, last);
+    }
+    if (!last) rows.clear();
+}
+
+// Merge the rows into the state, or finish them.
+__device__ __forceinline__ void end_block(const Rows& rows, const Call& call, const Place& block) {
 #pragma unroll
     for (int i = 0; i < ROWS; ++i) {
         int64 row = block.row + row_of(i);
         bool exists = row < call.query_tokens;
-        float sum = rows.sum[i];
-        sum += __shfl_xor_sync(~0u, sum, 1);
-        sum += __shfl_xor_sync(~0u, sum, 2);
-        double base = double(rows.best[i] * c) * LN2;
-        RowEnd<float> end =
-            end_of_span<float>(call, block, row, base, sum, ends, exists, exists && threadIdx.x % 4 == 0);
+        RowEnd end = end_of_row<float>(
+            call, block, row, natural_base(rows.base[i]), rows.sum[i], exists, exists && threadIdx.x % 4 == 0);
         if (!exists) continue;
 #pragma unroll
         for (int n = 0; n < VALUE_TILES; ++n)
             for (int e = 0; e < 2; ++e) {
                 int column = column_of(n, e);
                 if (column < call.value_dim)
-                    end_element<float>(call, block, row, column, end, ends.last, rows.acc[i / 2][n][i % 2 * 2 + e]);
+                    end_element<float>(call, block, row, column, end, rows.acc[i / 2][n][i % 2 * 2 + e]);
             }
     }
-    rows.clear();
 }
 
 // Ask for the current tile of `walk`.
@@ -336,13 +340,6 @@ __device__ __forceinline__ void fetch(
     copy_rows<float, BLOCK_KEYS, VALUE_DIM, VALUE_PITCH, THREADS>(
         shared.values[stage], value, call.value_strides.token, count, call.value_dim, call.aligned);
     copies_issued();
-}
-
-// The walk after its first `tiles` tiles.
-__device__ __noinline__ Walk<BLOCK_KEYS> walk_after(const Call& call, const BlockView& view, int tiles) {
-    Walk<BLOCK_KEYS> walk(call, view);
-    for (; tiles > 0; --tiles) walk.step(call, view);
-    return walk;
 }
 
 extern "C" __global__ void __launch_bounds__(THREADS, 1) attend(const __grid_constant__ Call call) {
@@ -364,11 +361,12 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) attend(const __grid_con
     int g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
     const float* queries = shared.queries + row_of(0) * KEY_PITCH + 4 * t;
     const float c = float(call.scale * LOG2E);
+    Totals<ROWS, 2 * VALUE_TILES> totals;
     Rows rows;
     rows.clear();
     const int span_tiles = int(call.span_keys / BLOCK_KEYS);
     int tile = 0, span = 0;  // tiles so far, and before the current span
-    do {
+    while (walk.more(call)) {
         for (; tile < span + span_tiles && walk.more(call); ++tile) {
             int stage = tile % 2;
             walk.step(call, view);
@@ -376,17 +374,16 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) attend(const __grid_con
             Scores scores;
             score_tile(scores, call.head_dim, queries, shared.keys[stage] + g * KEY_PITCH + 4 * t);
             if (!notes.tiles[stage].full) hide(scores, call, notes.block.row, notes.tiles[stage]);
-            raise_maxima(rows, scores, c);
+            raise_bases(rows, scores, c);
             weigh(scores, rows, c);
             add_values(rows, scores, call.value_dim, shared.values[stage] + 2 * t * VALUE_PITCH + 4 * g);
             copies_arrived();
             __syncthreads();
         }
-        bool first = call.fresh && span == 0;
         if (irregular(rows))
-            return simple_rows<ELEMENT, float, BLOCK_ROWS, BLOCK_KEYS, THREADS>(
-                call, notes.block, view, walk_after(call, view, span), first);
-        end_span(rows, call, notes.block, {first, !walk.more(call)}, c);
+            return simple_rows<ELEMENT, float, BLOCK_ROWS, BLOCK_KEYS, THREADS>(call, notes.block, view);
+        close_span(rows, totals, span == 0, !walk.more(call));
         span = tile;
-    } while (walk.more(call));
+    }
+    end_block(rows, call, notes.block);
 }

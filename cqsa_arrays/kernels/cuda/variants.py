@@ -20,11 +20,15 @@ HOPPER = (9, 0)
 # What one block may take, by compute capability; 99 KiB are there on every other one as well.
 _SHARED_KIB = {(8, 0): 163, (8, 7): 163, (9, 0): 227, (10, 0): 227, (10, 3): 227, (11, 0): 227}
 _LEAST_SHARED_KIB = 99
-# By source, where the element type alone does not decide; see ``Variant.span_keys``.
-SPAN_KEYS = {"split.cu": 4096}
-# Keys that one launch accumulates without a state, all of them in one span, where the elements are so coarse that the
-# sum's rounding (2e-6 at this length) does not show.
-WHOLE_KEYS = {"float16": 1 << 20, "bfloat16": 1 << 20}
+# Keys accumulated from zero before they join the others of a launch; see ``Variant.span_keys``.
+SPAN_KEYS = {
+    "half.cu": 32768,
+    "hopper.cu": 32768,
+    "single.cu": 128,
+    "split.cu": 2048,
+    "split_wide.cu": 1024,
+    "double.cu": 2048,
+}
 # What kernels keep in static shared memory beside that, for each warp at most.
 _STATIC_BYTES = 80
 
@@ -62,13 +66,12 @@ class Variant:
 
     @property
     def span_keys(self) -> int:
-        """Keys accumulated from zero before one merge into the state, whole tiles: a kernel waits for ever for a rest.
+        """Keys accumulated from zero, whole tiles: a kernel waits for ever for a rest. The plain kernel has no spans.
 
-        The error of a float32 sum grows with the root of its length, that of the merges with the root of their number;
-        pairs of parts have sums of one tile, and 16-bit elements do not show either.
+        The error of a sum of equal terms, all rounded the same way, grows with their number, and that of tensor cores,
+        which cut off, sooner. Sums of the spans of a launch keep more digits.
         """
-        most = SPAN_KEYS.get(self.source, 1024 if self.element == "float32" else 32768)
-        return most // self.block_keys * self.block_keys
+        return SPAN_KEYS.get(self.source, 32768) // self.block_keys * self.block_keys
 
     @property
     def architecture(self) -> str | None:
@@ -134,13 +137,13 @@ def _half_bytes(tile: Tile, head_dim: int, value_dim: int) -> int:
 def _hopper_bytes(tile: Tile, head_dim: int, value_dim: int) -> int:
     """Queries, a ring of key and value tiles, what the ring's barriers take."""
     head, value = (-(-dim // 64) * 64 for dim in (head_dim, value_dim))
-    return 2 * (tile.rows * head + tile.stages * tile.keys * (head + value)) + 48 * tile.stages + 32
+    return 2 * (tile.rows * head + tile.stages * tile.keys * (head + value)) + 48 * tile.stages + 16
 
 
 def _single_bytes(tile: Tile, head_dim: int, value_dim: int) -> int:
     """Queries, keys and weights with rows 16 bytes longer than the vectors, values; each tile once."""
     stored = (tile.rows + tile.keys) * (head_dim + 4) + tile.keys * value_dim + tile.rows * (tile.keys + 4)
-    return 4 * stored + 32
+    return 4 * stored + 16
 
 
 def _split_bytes(tile: Tile, head_dim: int, value_dim: int) -> int:
@@ -159,7 +162,7 @@ def _double_bytes(tile: Tile, head_dim: int, value_dim: int) -> int:
     parts = max(1, 16 * tile.warps // tile.rows)
     one_row_tile = tile.rows * parts == 16 * tile.warps
     kept = min(head_dim, (144 - value_dim // parts) // 16 * 16) if one_row_tile else 0
-    return 8 * (22 + tile.rows * (head_dim - kept + 1) + 2 * tile.keys * (head_dim + value_dim + 10))
+    return 8 * (20 + tile.rows * (head_dim - kept + 1) + 2 * tile.keys * (head_dim + value_dim + 10))
 
 
 FAMILIES = {
