@@ -7,25 +7,26 @@ from __future__ import annotations
 
 import itertools
 import math
-import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 
 import h5py
 import numpy as np
-from h5py import h5s
 
 from ..buffers import allocate
 from ..errors import StorageError
 from ..ranges import Range
+from .chunkmap import ChunkMap, chunk_count, chunk_map
 from .dtypes import check_widening, copy_elements, piece_rows
+from .hdf5 import why_not_opened
 from .layout import Shape4
-from .links import encoded
+from .links import damage_named, encoded
 from .rawfile import RawFile, coalesce
+from .slabs import CHUNK_BYTES, CHUNKS_AT_ONCE, INDEX_ENTRY_BYTES, open_for_reading, read_slab
 from .source import no_view
 from .stored import StoredArray
 
-# Metadata cache and free lists of HDF5 for one open file, as seen in resident memory.
+# HDF5's cache of the structure of one open file, its free lists, and our map of chunks, as seen in resident memory.
 LIBRARY_BYTES = 1 << 20
 # The stored chunk, and the inflated one while its buffer of half the size, then of twice its size, is copied.
 FILTER_COPIES = 4
@@ -71,11 +72,11 @@ class ChunkedSource:
 
     def __init__(self, dataset: h5py.Dataset, stored: StoredArray, *, owns_file: bool) -> None:
         self._dataset, self._stored, self._owns_file = dataset, stored, owns_file
-        self._memory_type = dataset.id.get_type()
         self._grid = chunk_grid(stored)
-        self._file = RawFile(stored.path, stored.label) if os.path.isfile(stored.path) else None
+        self._file = RawFile(stored.path, stored.label) if stored.on_disk else None
+        self._map: ChunkMap | None = None
         how = ", ".join((stored.not_mapped or stored.kind, *stored.filters))
-        self.description = f"{stored.label}, {how}, block reads through h5py"
+        self.description = f"{stored.description}, {how}, block reads through h5py"
         self.layout = stored.layout
         self.identity = stored.identity
         self.bytes_read = 0
@@ -93,10 +94,22 @@ class ChunkedSource:
         return self._stored.token_major
 
     @property
+    def cell(self) -> Shape4:
+        b, h, n, d = (min(pair) for pair in zip(self._grid.chunk, self.shape, strict=True))
+        return b, h, n, d
+
+    @property
     def held_bytes(self) -> int:
-        """What HDF5 keeps for itself, and its chunk cache where the caller opened the file with one."""
-        chunk_cache = self._dataset.id.get_access_plist().get_chunk_cache()[1] if self._stored.chunks else 0
-        return chunk_cache + LIBRARY_BYTES
+        """What HDF5 keeps for itself, and in its larger caches where the caller opened the file."""
+        if self._owns_file or not self._stored.chunks:
+            return LIBRARY_BYTES
+        chunk_cache = self._dataset.id.get_access_plist().get_chunk_cache()[1]
+        return chunk_cache + LIBRARY_BYTES + INDEX_ENTRY_BYTES * chunk_count(self._dataset)
+
+    @property
+    def touched_bytes(self) -> int:
+        """What HDF5 holds for the chunks that one of its reads touches."""
+        return CHUNKS_AT_ONCE * CHUNK_BYTES if self._stored.chunks else 0
 
     def staging_bytes(self, compute_dtype: np.dtype) -> int:
         """One box, and the copies of a chunk that pass through its filters, whose buffers grow by doubling."""
@@ -118,11 +131,11 @@ class ChunkedSource:
         start = layout.order((batch.start, heads.start, tokens.start, 0))
         count = layout.order((len(batch), len(heads), len(tokens), self.shape[3]))
         block = stage[: int(np.prod(count))].reshape(count)
-        space = self._dataset.id.get_space()
-        space.select_hyperslab(start, count)
         try:
-            self._dataset.id.read(h5s.create_simple(count), space, block, self._memory_type)
-        except OSError as error:
+            read_slab(self._dataset, start, block)
+        except (OSError, RuntimeError, ValueError) as error:
+            if not self._dataset:  # by another thread
+                raise StorageError(f"{self._stored.label}: its file was closed while it was read.") from error
             place = f"tokens {tokens.start} to {tokens.stop}"
             raise StorageError(f"{self._stored.label}: {place} cannot be read: {error}") from error
         self.bytes_read += block.nbytes
@@ -132,9 +145,9 @@ class ChunkedSource:
         raise no_view(self)
 
     def prefetch(self, batch: Range, heads: Range, tokens: Range) -> Iterator[None]:
-        if self._file is None or not self._stored.chunks:
+        if self._file is None or not self._dataset:  # closed: the read will say so
             return iter(())
-        return self._file.read_ahead(coalesce(self._chunk_spans(batch, heads, tokens)))
+        return self._file.read_ahead(self._spans(batch, heads, tokens))
 
     def overlaps(self, array: np.ndarray) -> bool:
         """No array shares memory with a file that is read by position."""
@@ -146,25 +159,34 @@ class ChunkedSource:
         if self._file is not None:
             self._file.close()
 
-    def _chunk_spans(self, batch: Range, heads: Range, tokens: Range) -> Iterator[tuple[int, int]]:
-        """Where the stored chunks of these tokens lie in the file; each look-up takes h5py's lock for itself."""
-        wanted = (batch, heads, tokens, Range(0, self.shape[3]))
-        cuts = (range(r.start // size * size, r.stop, size) for r, size in zip(wanted, self._grid.chunk, strict=True))
-        for b, h, n, d in itertools.product(*cuts):
-            chunk = self._dataset.id.get_chunk_info_by_coord(self._stored.layout.order((b, h, n, d)))
-            if chunk.byte_offset is not None:
-                yield chunk.byte_offset, chunk.byte_offset + chunk.size
+    def _spans(self, batch: Range, heads: Range, tokens: Range) -> Iterator[tuple[int, int]]:
+        """Where the stored chunks of these tokens lie in the file, box by box."""
+        if self._map is None:
+            with damage_named(self._stored.label):
+                self._map = chunk_map(self._dataset)
+        places, asked = self._map, set[int]()
+        if places is None:
+            return
+        for box in self._grid.boxes(batch, heads, tokens):
+            new = places.extents(self._cells(*box)) - asked
+            asked |= new
+            yield from coalesce(map(places.span, new))
+
+    def _cells(self, batch: Range, heads: Range, tokens: Range) -> Iterator[tuple[int, ...]]:
+        """The chunks that hold these tokens, by their places on the axes of the data set."""
+        b, h, n, d = (
+            range(r.start // size, -(-r.stop // size))
+            for r, size in zip((batch, heads, tokens, Range(0, self.shape[3])), self._grid.chunk, strict=True)
+        )
+        return map(self._stored.layout.order, itertools.product(b, h, n, d))
 
 
 def open_chunked(stored: StoredArray, locking: bool | str | None) -> ChunkedSource:
-    """Open the file of ``stored`` again, without a chunk cache, for reading block by block.
-
-    The cache's chunks come from the C heap and leave it full of holes: 20 MiB in a budget of 15.
-    """
+    """Open the file of ``stored`` again, for reading block by block."""
     try:
-        file = h5py.File(stored.path, "r", rdcc_nbytes=0, locking=locking)
+        file = open_for_reading(stored.path, locking)
     except OSError as error:
-        raise StorageError(f"{stored.path}: cannot be opened again: {error}") from error
+        raise StorageError(why_not_opened(stored.path, str(error))) from error
     return ChunkedSource(file[encoded(stored.name)], stored, owns_file=True)
 
 

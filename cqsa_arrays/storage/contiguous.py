@@ -28,14 +28,14 @@ class ContiguousSource:
     """
 
     in_place = False
-    held_bytes = 0
+    held_bytes = touched_bytes = 0
 
     def __init__(self, stored: StoredArray) -> None:
         self._file = RawFile(stored.path, stored.label)
         self._rows = stored.rows
         self.layout = stored.layout
         self.identity = stored.identity
-        self.description = f"{stored.label}, contiguous, positioned reads"
+        self.description = f"{stored.description}, contiguous, positioned reads"
 
     @property
     def shape(self) -> Shape4:
@@ -48,6 +48,11 @@ class ContiguousSource:
     @property
     def token_major(self) -> bool:
         return self._rows.token_major
+
+    @property
+    def cell(self) -> Shape4:
+        heads, head_dim = self._rows.row_shape
+        return 1, heads, 1, head_dim
 
     @property
     def bytes_read(self) -> int:

@@ -66,6 +66,7 @@ def _create(
         libver=("v108", "v110"),  # attributes over 64 KiB (plans) need 1.8; any HDF5 since 1.10 reads it
         alignment_threshold=DATA_ALIGNMENT,
         alignment_interval=DATA_ALIGNMENT,
+        locking=False,  # nobody else knows the file yet, and some disks have no locks
     ) as file:
         offsets = [_create_dataset(file, new) for new in datasets]
         for name, target in links.items():
@@ -83,7 +84,7 @@ def contiguous_offsets(path: str, datasets: list[NewDataset], marks: Mapping[str
     Raises StorageError where it is gone, has other data sets, or lacks an attribute of ``marks``.
     """
     try:
-        with h5py.File(path, "r") as file:
+        with h5py.File(path, "r", locking=False) as file:  # the job has a lock of its own
             for name, value in marks.items():
                 if file.attrs.get(name) != value:
                     raise StorageError(f"{path}: found {name} = {file.attrs.get(name)}, expected {value}.")
@@ -98,9 +99,9 @@ def contiguous_offsets(path: str, datasets: list[NewDataset], marks: Mapping[str
         if os.path.getsize(path) < ends:
             raise StorageError(f"{path} is truncated.")
     except StorageError as error:
-        raise StorageError(f"{error} It is not the file of this job. {START_OVER}") from None
+        raise StorageError(f"{error} It is not the file of this job. ", START_OVER) from None
     except (OSError, RuntimeError, KeyError) as error:
-        raise StorageError(f"{path}: the unfinished output cannot be read: {error}. {START_OVER}") from error
+        raise StorageError(f"{path}: the unfinished output cannot be read: {error}. ", START_OVER) from error
     return offsets
 
 

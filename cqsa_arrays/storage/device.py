@@ -10,13 +10,14 @@ import numpy as np
 from ..errors import ArgumentError
 from ..ranges import Range
 from .layout import Layout, Shape4
+from .overlap import share_elements
 
 
 class DeviceSource:
     """A TokenSource over the CuPy ``array`` in ``layout``; only a run on its own GPU can use it."""
 
     in_place = True
-    held_bytes = 0
+    held_bytes = touched_bytes = 0
     bytes_read = 0
 
     def __init__(self, array: Any, layout: Layout, label: str) -> None:
@@ -39,6 +40,10 @@ class DeviceSource:
     def dtype(self) -> np.dtype:
         return np.dtype(self._array.dtype)
 
+    @property
+    def cell(self) -> Shape4:
+        return 1, 1, 1, self.shape[3]
+
     def staging_bytes(self, compute_dtype: np.dtype) -> int:
         """None: nothing is read."""
         return 0
@@ -56,7 +61,7 @@ class DeviceSource:
     def overlaps(self, array: Any) -> bool:
         import cupy
 
-        return isinstance(array, cupy.ndarray) and bool(cupy.may_share_memory(self._array, array))
+        return isinstance(array, cupy.ndarray) and share_elements(self._array, array)
 
     def close(self) -> None:
         """Nothing to do: the caller owns the array."""

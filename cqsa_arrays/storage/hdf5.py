@@ -7,14 +7,15 @@ import os
 import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ..errors import ArgumentError, CqsaError, StorageError
+from ..errors import ArgumentError, CqsaError, StorageError, one_line
+from ..forks import preload
+from ..wording import Choice, Phrase
 from .contiguous import ContiguousSource
-from .dtypes import BFLOAT16
 from .layout import Layout
 from .source import TokenSource
 
@@ -30,7 +31,10 @@ Locking = bool | str | None
 class DiskArray:
     """An array in an HDF5 file that is read when it is sliced; no file stays open.
 
-    Slices of contiguous data are read-only views of a memory map, without a copy; others are read block by block.
+    Keys mean what they mean in NumPy. Slices of contiguous data are read-only views of a memory map, without a copy;
+    of other data a copy of what is picked is read. It is pickled as the place of its data, some hundred bytes:
+    processes that see the same file may be sent it. Reading raises StorageError where the file is gone or has changed
+    since it was opened.
 
     >>> q = open_file("qkv.h5").q                                     # doctest: +SKIP
     >>> q.shape, q.dtype, q[0, 0, :2].shape                           # doctest: +SKIP
@@ -57,6 +61,11 @@ class DiskArray:
         return len(self.stored.shape)
 
     @property
+    def locking(self) -> Locking:
+        """How its file is opened."""
+        return self._locking
+
+    @property
     def layout(self) -> Layout:
         """What the axes are."""
         return self.stored.layout
@@ -72,19 +81,25 @@ class DiskArray:
     def __getitem__(self, key: Any) -> np.ndarray:
         if self.stored.offset is not None:
             return self._mapped().view(np.ndarray)[key]
-        from .links import encoded
-
+        self.stored.check_readable()
         self._check_unchanged()
+        from .links import encoded
+        from .picking import pick
+
         with opened(self.stored.path, self._locking) as file:
-            block = np.asarray(file[encoded(self.stored.name)][key])
-        return block.view(BFLOAT16) if block.dtype in (np.uint16, np.dtype("V2")) else block.astype(self.dtype)
+            return pick(file[encoded(self.stored.name)], key, self.dtype)
 
     def __array__(self, dtype: np.dtype | None = None, copy: bool | None = None) -> np.ndarray:
         return np.array(self[...], dtype=dtype, copy=copy)
 
     def __repr__(self) -> str:
         how = "memory-mapped" if self.stored.offset is not None else f"read by blocks: {self.stored.not_mapped}"
-        return f"<DiskArray {self.stored.label} {self.layout}{self.shape} {self.dtype.name}, {how}>"
+        how = how if self.stored.unreadable is None else f"not readable: {self.stored.unreadable}"
+        return f"<DiskArray {one_line(self.stored.label)} {self.layout}{self.shape} {self.dtype.name}, {one_line(how)}>"
+
+    def __reduce__(self) -> tuple[type[DiskArray], tuple[StoredArray, Locking]]:
+        """Where the array is, without its elements: another process opens the file again."""
+        return type(self), (self.stored, self._locking)
 
     def in_layout(self, layout: Layout) -> DiskArray:
         """The same array, with its axes taken as ``layout``."""
@@ -92,6 +107,7 @@ class DiskArray:
 
     def source(self) -> TokenSource:
         """The engine's view of this array; close it after use. Raises StorageError if the file has changed."""
+        self.stored.check_readable()
         self._check_unchanged()
         if self.stored.offset is not None:
             return ContiguousSource(self.stored)
@@ -104,7 +120,10 @@ class DiskArray:
         if self._map is None:
             self._check_unchanged()
             assert self.stored.offset is not None
-            self._map = np.memmap(self.stored.path, self.dtype, "r", self.stored.offset, self.shape)
+            try:
+                self._map = np.memmap(self.stored.path, self.dtype, "r", self.stored.offset, self.shape)
+            except OSError as error:
+                raise StorageError(f"{self.stored.label}: cannot be mapped: {error.strerror}.") from error
         return self._map
 
     def _check_unchanged(self) -> None:
@@ -117,32 +136,6 @@ class DiskArray:
             ) from error
         if (found.st_size, found.st_mtime_ns) != (self.stored.file_size, self.stored.file_mtime_ns):
             raise StorageError(f"{self.stored.label}: the file has changed since it was opened. Open it again.")
-
-
-@dataclass(frozen=True, slots=True)
-class OpenedFile:
-    """The three inputs of attention in one file."""
-
-    path: str
-    q: DiskArray
-    k: DiskArray
-    v: DiskArray
-
-
-def open_file(
-    path: str | os.PathLike[str], *, layout: str | None = None, locking: Locking = None, follow_links: bool = False
-) -> OpenedFile:
-    """The data sets /q, /k and /v of an HDF5 file, with nothing read yet and no file left open.
-
-    External links are followed to files beside this one or below, with ``follow_links`` to any. Raises ArgumentError
-    for a path that is no file or lacks one of them, StorageError for a file that cannot be read.
-    """
-    path = os.fspath(path)
-    q, k, v = (
-        dataset_in(path, f"/{name}", layout=layout, locking=locking, argument=name, follow_links=follow_links)
-        for name in "qkv"
-    )
-    return OpenedFile(path, q, k, v)
 
 
 def dataset(
@@ -194,7 +187,7 @@ def dataset_in(
 def split_reference(reference: str) -> tuple[str, str | None]:
     """File and data set of "file.h5:/path"; None for the data set where the text is a file's own name.
 
-    A colon may be part of either: the shortest part before one that is a file counts.
+    A colon may be part of either: the longest part before one that is a file counts.
 
     >>> split_reference("missing.h5:/q")
     ('missing.h5', '/q')
@@ -202,18 +195,28 @@ def split_reference(reference: str) -> tuple[str, str | None]:
     if os.path.isfile(reference):
         return reference, None
     colons = [i for i, letter in enumerate(reference) if letter == ":"]
-    for i in colons:
+    for i in reversed(colons):
         if os.path.isfile(reference[:i]):
             return reference[:i], reference[i + 1 :]
     path, colon, name = reference.rpartition(":")
     return (path, name) if colon else (reference, None)
 
 
+def check_locking(locking: object, argument: str = "locking") -> None:
+    """Raise ArgumentError for what h5py does not take."""
+    if not (locking is None or isinstance(locking, bool) or locking == "best-effort"):
+        remedy = "False opens files on disks that have no locks."
+        raise ArgumentError(argument, repr(locking), "True, False, 'best-effort' or None", remedy)
+
+
 @contextmanager
 def opened(path: str, locking: Locking) -> Iterator[h5py.File]:
     """The file at ``path``, open for reading in h5py; what h5py says of a file that it cannot open becomes ours."""
-    import h5py
+    for name in ("links", "slabs", "stored", "chunked"):
+        preload(f"cqsa_arrays.storage.{name}")
+    from .slabs import open_for_reading
 
+    check_locking(locking)
     try:
         mode = os.stat(path).st_mode
     except (OSError, ValueError) as error:  # no path at all: with a null character or half a letter in it
@@ -223,9 +226,9 @@ def opened(path: str, locking: Locking) -> Iterator[h5py.File]:
         what = "a directory" if stat.S_ISDIR(mode) else "not a regular file"
         raise StorageError(f"{path} is {what}; expected an HDF5 file. Name the file itself.")
     try:
-        file = h5py.File(path, "r", locking=locking)
+        file = open_for_reading(path, locking)
     except OSError as error:
-        raise StorageError(_reason(path, str(error))) from error
+        raise StorageError(why_not_opened(path, str(error))) from error
     try:
         with file:
             yield file
@@ -235,12 +238,21 @@ def opened(path: str, locking: Locking) -> Iterator[h5py.File]:
         raise StorageError(f"{path} is damaged: {error}") from error
 
 
-def _reason(path: str, said: str) -> str:
-    if "truncated" in said:
+def why_not_opened(path: str, said: str) -> str | Phrase:
+    """What HDF5 ``said`` of a file that it does not open, and what to do."""
+    if "truncated file" in said:
         return f"{path} is truncated: copy or write it again ({said})"
     if "signature not found" in said:
         return f"{path} is not an HDF5 file; expected one with the data sets /q, /k and /v ({said})"
-    if "lock" in said:
-        remedy = "another program may be writing it; if its disk has no locks, pass locking=False"
-        return f"{path} cannot be locked: {remedy} ({said})"
+    if "unable to lock" in said or "file locking" in said:
+        return Phrase.of(
+            f"{path} cannot be locked ({said}). Another program may be writing it: wait for that. If none is, or its"
+            " disk has no locks, open it without one: ", Choice("locking", False, rare=True), ", or the variable"
+            " HDF5_USE_FILE_LOCKING=FALSE",
+        )  # fmt: skip
+    if "already open for write" in said:
+        return (
+            f"{path} is marked as being written. Wait for the program that writes it; if that was killed, remove the"
+            f" mark with HDF5's own tool: h5clear -s {path} ({said})"
+        )
     return f"{path} cannot be opened: {said}"

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from ..errors import CqsaError, one_line
+from ..tables import html_of_text
 from ..units import format_bytes
 from .hdf5 import Locking, opened
 
@@ -66,6 +67,12 @@ class FileInfo:
             lines.append(f"{one_line(name)} = {short}")
         return "\n".join(lines)
 
+    def __repr__(self) -> str:
+        return f"<FileInfo {self.path!r}: {len(self.datasets)} data sets, {format_bytes(self.size_bytes)}>"
+
+    def _repr_html_(self) -> str:
+        return html_of_text(str(self))
+
 
 def describe(path: str | os.PathLike[str], *, locking: Locking = None) -> FileInfo:
     """The data sets and attributes of the HDF5 file at ``path``; no element is read.
@@ -99,7 +106,8 @@ def _describe(name: str, found: Any) -> DatasetInfo:
     except CqsaError as error:
         return DatasetInfo(name, shape, "-", "-", kind, None, stored_bytes, str(error))
     layout, dtype = stored.layout.name, stored.dtype.name
-    return DatasetInfo(name, shape, layout, dtype, kind, stored.offset, stored_bytes, stored.not_mapped)
+    note = stored.unreadable or stored.not_mapped
+    return DatasetInfo(name, shape, layout, dtype, kind, stored.offset, stored_bytes, note)
 
 
 def _attribute(file: Any, name: str | bytes) -> object:

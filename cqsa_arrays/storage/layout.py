@@ -31,6 +31,11 @@ class Layout:
         return "nh" in self.name
 
     @property
+    def axes(self) -> str:
+        """The axes by name: "heads x tokens x head_dim"."""
+        return " x ".join(_AXIS_NAMES[axis] for axis in self.name)
+
+    @property
     def lse_name(self) -> str:
         """Axes of the log-sum-exp beside an output of this layout: bhn, hn or n, with tokens always last."""
         return "".join(axis for axis in "bhn" if axis in self.name)
@@ -88,6 +93,11 @@ class Layout:
 
     def __str__(self) -> str:
         return self.name
+
+
+def usual_layout(rank: int) -> Layout | None:
+    """The layout that is assumed of a ``rank``-dimensional array where nothing names one; None for other ranks."""
+    return Layout(_BY_RANK[rank]) if rank in _BY_RANK else None
 
 
 def parse_layout(text: str | None, rank: int, argument: str) -> Layout:

@@ -14,6 +14,8 @@ import h5py
 from h5py import h5l, h5o
 
 from ..errors import ArgumentError, CqsaError, StorageError
+from ..wording import Choice
+from .conventions import refuse_group
 
 MOST_LINKS = 64
 MOST_NAMES = 20
@@ -84,6 +86,9 @@ def find(file: h5py.File, name: str, argument: str) -> h5py.Dataset | External:
             raise StorageError(f"{place} leads through more than {MOST_LINKS} soft links: a circle?")
         parts = _parts(target) + parts
         here = file["/"] if target.startswith(b"/") else here
+    if isinstance(here, h5py.Group):
+        with damage_named(place):
+            refuse_group(here, place, argument)
     if not isinstance(here, h5py.Dataset):
         raise _missing(file, name, argument, "a group" if isinstance(here, h5py.Group) else "a data type")
     return here
@@ -102,9 +107,9 @@ def check_external(link: External, origin: str, home: str, *, follow_links: bool
     place = f"{origin} has an external link to {link.file}:{link.name}"
     if not (follow_links or os.path.realpath(path).startswith(os.path.join(home, ""))):
         raise StorageError(
-            f"{place}, which is outside {home} and not followed. Name that file and data set themselves, or pass"
-            " --follow-links (follow_links=True) if you trust this one."
-        )
+            f"{place}, which is outside {home} and not followed. Name that file and data set themselves, or pass ",
+            Choice("follow_links", True), " if you trust this one.",
+        )  # fmt: skip
     if not os.path.exists(path):
         raise StorageError(f"{place}, which is missing. Copy it there, or name the data set itself.")
     return path

@@ -12,6 +12,7 @@ from ..errors import ArgumentError
 from ..ranges import Range
 from .dtypes import check_widening, copy_elements, piece_rows
 from .layout import Layout, Shape4
+from .overlap import share_elements
 from .source import no_view
 
 WINDOW_BYTES = 2 << 20
@@ -24,7 +25,7 @@ ADVICE_BYTES = 128 << 10
 class HostSource:
     """A TokenSource over a NumPy ``array`` in ``layout`` that lies in memory; nothing is ever copied but blocks."""
 
-    held_bytes = 0
+    held_bytes = touched_bytes = 0
 
     def __init__(self, array: np.ndarray, layout: Layout, label: str) -> None:
         self.layout = layout
@@ -51,6 +52,10 @@ class HostSource:
     def dtype(self) -> np.dtype:
         return self._array.dtype
 
+    @property
+    def cell(self) -> Shape4:
+        return 1, 1, 1, self.shape[3]
+
     def staging_bytes(self, compute_dtype: np.dtype) -> int:
         """None: NumPy widens straight into the block."""
         return 0
@@ -71,7 +76,7 @@ class HostSource:
         return iter(())
 
     def overlaps(self, array: np.ndarray) -> bool:
-        return isinstance(array, np.ndarray) and bool(np.may_share_memory(self._array, array))
+        return isinstance(array, np.ndarray) and share_elements(self._array, array)
 
     def close(self) -> None:
         """Nothing to do: the caller owns the array."""
@@ -86,7 +91,7 @@ class MemmapSource:
     """
 
     in_place = False
-    held_bytes = 0
+    held_bytes = touched_bytes = 0
 
     def __init__(self, array: np.ndarray, layout: Layout, label: str, owner: np.memmap) -> None:
         self.layout = layout
@@ -110,6 +115,10 @@ class MemmapSource:
     @property
     def dtype(self) -> np.dtype:
         return self._array.dtype
+
+    @property
+    def cell(self) -> Shape4:
+        return 1, self.shape[1] if self._heads_lie_together else 1, 1, self.shape[3]
 
     @property
     def _row_bytes(self) -> int:
@@ -144,7 +153,7 @@ class MemmapSource:
             yield
 
     def overlaps(self, array: np.ndarray) -> bool:
-        return isinstance(array, np.ndarray) and bool(np.may_share_memory(self._array, array))
+        return isinstance(array, np.ndarray) and share_elements(self._array, array)
 
     def close(self) -> None:
         """Nothing to do: the caller owns the map."""
@@ -214,14 +223,17 @@ def _mmap_below(owner: np.memmap) -> mmap.mmap:
 
 def _map_identity(array: np.ndarray, owner: np.memmap) -> dict[str, object]:
     identity: dict[str, object] = {"shape": list(array.shape), "dtype": array.dtype.name}
-    if owner.filename is not None:
+    if owner.filename is None:
+        return identity
+    try:
         found = os.stat(owner.filename)
-        skipped = array.__array_interface__["data"][0] - owner.__array_interface__["data"][0]
-        identity |= {
-            "path": os.path.abspath(owner.filename),
-            "size": found.st_size,
-            "mtime_ns": found.st_mtime_ns,
-            "offset": owner.offset + skipped,
-            "strides": list(array.strides),
-        }
-    return identity
+    except OSError:  # the map outlives the name of its file: temporary ones are removed at once
+        return identity
+    skipped = array.__array_interface__["data"][0] - owner.__array_interface__["data"][0]
+    return identity | {
+        "path": os.path.abspath(owner.filename),
+        "size": found.st_size,
+        "mtime_ns": found.st_mtime_ns,
+        "offset": owner.offset + skipped,
+        "strides": list(array.strides),
+    }

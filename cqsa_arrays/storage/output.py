@@ -43,6 +43,16 @@ class Sink(Protocol):
         """Leave no trace."""
 
 
+class Writer(Protocol):
+    """What writes to the file of an output."""
+
+    def write_from(self, array: np.ndarray, position: int) -> None:
+        """Write C-contiguous ``array`` at ``position``; raises StorageError."""
+
+    def write_apart(self, vectors: np.ndarray, position: int, stride: int) -> None:
+        """Write each of the C-contiguous ``vectors`` at ``position``, and from one to the next ``stride`` bytes on."""
+
+
 class ArraySink:
     """A Sink over NumPy arrays: ``out`` in ``layout``, and ``lse`` (or None) with the axes ``layout.lse_name``."""
 
@@ -86,8 +96,9 @@ class OutputFile:
     ...     sink.finish()
     """
 
-    def __init__(self, part: PartFile, out: Rows, lse: Rows | None) -> None:
+    def __init__(self, part: PartFile, out: Rows, lse: Rows | None, writer: Writer | None = None) -> None:
         self._part, self._out, self._lse = part, out, lse
+        self._writer: Writer = part.file if writer is None else writer
 
     @classmethod
     def create(
@@ -101,20 +112,20 @@ class OutputFile:
         attributes: Mapping[str, object],
         overwrite: bool = False,
         inputs: Sequence[str] = (),
-        of_job: bool = False,
+        part: str | None = None,
     ) -> Self:
         """Allocate the whole output of logical ``shape`` in ``layout``, /lse with the axes ``layout.lse_name``.
 
         ``attributes`` go to the file's root, nested ones as JSON text. ``inputs`` are paths that must not be written
         to. An existing file stays as it is until ``finish``, and is refused without ``overwrite``. Raises ArgumentError
-        for a path that cannot be an output, or of which a job is unfinished unless this is ``of_job``; StorageError
-        where there is no room: then nothing is left behind.
+        for a path that cannot be an output, or of which a job is unfinished unless this is of that job, whose name for
+        the unfinished file is ``part``; StorageError where there is no room: then nothing is left behind.
         """
-        check_target(path := os.fspath(path), inputs, overwrite=overwrite, of_job=of_job)
+        check_target(path := os.fspath(path), inputs, overwrite=overwrite, of_job=part is not None)
         element_dtype(dtype, "dtype")
         new = _datasets(shape, dtype, layout, lse_dtype)
-        part = PartFile.create(path, new, attributes=attributes, links={}, overwrite=overwrite)
-        return cls._over(part, shape, dtype, layout, lse_dtype)
+        made = PartFile.create(path, new, attributes=attributes, links={}, overwrite=overwrite, part=part)
+        return cls._over(made, shape, dtype, layout, lse_dtype)
 
     @classmethod
     def reopen(
@@ -126,11 +137,31 @@ class OutputFile:
         layout: Layout,
         lse_dtype: np.dtype | None,
         marks: Mapping[str, object],
-        overwrite: bool,
+        part: str,
+        write: bool = True,
     ) -> Self:
-        """The unfinished file that ``create`` made of the same in another run, told by the attributes ``marks``."""
-        part = PartFile.reopen(path, _datasets(shape, dtype, layout, lse_dtype), marks, overwrite=overwrite)
-        return cls._over(part, shape, dtype, layout, lse_dtype)
+        """The unfinished file ``part`` that ``create`` made of the same elsewhere, told by the attributes ``marks``."""
+        found = PartFile.reopen(path, _datasets(shape, dtype, layout, lse_dtype), marks, part, write=write)
+        return cls._over(found, shape, dtype, layout, lse_dtype)
+
+    def through(self, writer: Writer) -> Self:
+        """The same file, with ``writer`` for all that is written."""
+        return type(self)(self._part, self._out, self._lse, writer)
+
+    @property
+    def file(self) -> RawFile:
+        return self._part.file
+
+    @property
+    def data_sets(self) -> tuple[Rows, ...]:
+        """Where /out has its rows, and /lse, if it is there."""
+        return (self._out,) if self._lse is None else (self._out, self._lse)
+
+    @property
+    def place(self) -> Range:
+        """The bytes from the first element of any data set to the last one."""
+        places = [rows.place for rows in self.data_sets]
+        return Range(min(place.start for place in places), max(place.stop for place in places))
 
     @classmethod
     def _over(cls, part: PartFile, shape: Shape4, dtype: np.dtype, layout: Layout, lse_dtype: np.dtype | None) -> Self:
@@ -144,19 +175,11 @@ class OutputFile:
         return self._out.piece_tokens * self._out.row_bytes
 
     def write_out(self, batch: Range, heads: Range, tokens: Range, block: np.ndarray) -> None:
-        write_rows(self._part.file, self._out, (batch, heads, tokens), block)
+        write_rows(self._writer, self._out, (batch, heads, tokens), block)
 
     def write_lse(self, batch: Range, heads: Range, tokens: Range, block: np.ndarray) -> None:
         if self._lse is not None:
-            write_rows(self._part.file, self._lse, (batch, heads, tokens), block[..., None])
-
-    def checksum(self, batch: Range, heads: Range, tokens: Range) -> int:
-        """CRC-32 of what the file holds of these rows: output, then log-sum-exp."""
-        found = 0
-        for rows in (self._out, self._lse):
-            for start, stop in rows.spans(batch, heads, tokens) if rows is not None else ():
-                found = self._part.file.checksum(start, stop - start, found)
-        return found
+            write_rows(self._writer, self._lse, (batch, heads, tokens), block[..., None])
 
     def keep(self) -> None:
         """Close the unfinished file, for another run to go on with; after ``finish`` this does nothing."""
@@ -196,7 +219,7 @@ def output_staging_bytes(shape: Shape4, dtype: np.dtype, layout: Layout) -> int:
     return rows.piece_tokens * rows.row_bytes
 
 
-def write_rows(file: RawFile, rows: Rows, where: tuple[Range, Range, Range], block: np.ndarray) -> None:
+def write_rows(file: Writer, rows: Rows, where: tuple[Range, Range, Range], block: np.ndarray) -> None:
     """Write logical ``block`` to ``rows`` of ``file`` at ``where`` (batch, heads, tokens), narrowed piece by piece.
 
     Bytes that lie together in memory, in the stored type, are written from where they are. Where ``block`` lacks heads
@@ -215,6 +238,4 @@ def write_rows(file: RawFile, rows: Rows, where: tuple[Range, Range, Range], blo
             if gapless:
                 file.write_from(stored, position)
                 continue
-            position += run.pick.start * stored[0, 0].nbytes
-            for t, vectors in enumerate(stored):
-                file.write_from(vectors, position + t * rows.row_bytes)
+            file.write_apart(stored, position + run.pick.start * stored[0, 0].nbytes, rows.row_bytes)

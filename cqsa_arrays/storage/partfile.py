@@ -9,6 +9,8 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Self
 
 from ..errors import ArgumentError, StorageError
+from ..forks import preload
+from ..wording import Call, Choice, Phrase
 from .rawfile import RawFile
 
 if TYPE_CHECKING:
@@ -26,9 +28,9 @@ class PartFile:
     removes the file unless ``finish`` gave it its name.
     """
 
-    def __init__(self, path: str, offsets: list[int], *, overwrite: bool) -> None:
-        self.path, self.part, self.offsets = path, path + PART_SUFFIX, offsets
-        self.file = RawFile(self.part, os.path.basename(path), write=True)
+    def __init__(self, path: str, part: str, offsets: list[int], *, overwrite: bool, write: bool = True) -> None:
+        self.path, self.part, self.offsets = path, part, offsets
+        self.file = RawFile(self.part, os.path.basename(path), write=write)
         self._overwrite = overwrite
         self._open = True
 
@@ -41,23 +43,31 @@ class PartFile:
         attributes: Mapping[str, object],
         links: Mapping[str, str],
         overwrite: bool,
+        part: str | None = None,
     ) -> Self:
-        """Allocate the file in place of what an earlier run may have left of it; raises as create_contiguous does."""
+        """Allocate the file in place of what an earlier run may have left of it; raises as create_contiguous does.
+
+        ``part`` is another name for it until it is whole.
+        """
+        preload("cqsa_arrays.storage.create")
         from .create import create_contiguous
 
-        _remove_leftover(path + PART_SUFFIX)
-        offsets = create_contiguous(path + PART_SUFFIX, datasets, attributes, links)
-        return cls(path, offsets, overwrite=overwrite)
+        part = part or path + PART_SUFFIX
+        remove_leftover(part)
+        offsets = create_contiguous(part, datasets, attributes, links)
+        return cls(path, part, offsets, overwrite=overwrite)
 
     @classmethod
-    def reopen(cls, path: str, datasets: list[NewDataset], marks: Mapping[str, object], *, overwrite: bool) -> Self:
-        """The file that ``create`` made in another run, with these data sets and at least the attributes ``marks``.
+    def reopen(
+        cls, path: str, datasets: list[NewDataset], marks: Mapping[str, object], part: str, *, write: bool
+    ) -> Self:
+        """The file ``part`` that ``create`` made in another run, of these data sets and with the attributes ``marks``.
 
         Raises StorageError where it is gone, or another.
         """
         from .create import contiguous_offsets
 
-        return cls(path, contiguous_offsets(path + PART_SUFFIX, datasets, marks), overwrite=overwrite)
+        return cls(path, part, contiguous_offsets(part, datasets, marks), overwrite=False, write=write)
 
     def keep(self) -> None:
         """Close the unfinished file, for another run to go on with; once it is finished this does nothing."""
@@ -104,8 +114,59 @@ class PartFile:
         self.abandon()
 
 
+_OTHER_FORMATS = {
+    ".npy": "NumPy", ".npz": "NumPy", ".zarr": "Zarr", ".n5": "N5", ".pt": "PyTorch", ".pth": "PyTorch",
+    ".safetensors": "safetensors", ".gguf": "GGUF", ".onnx": "ONNX", ".nc": "netCDF", ".nc4": "netCDF",
+    ".cdf": "netCDF", ".mat": "MATLAB", ".h5ad": "AnnData", ".csv": "text", ".tsv": "text", ".txt": "text",
+    ".json": "JSON", ".jsonl": "JSON", ".yaml": "YAML", ".yml": "YAML", ".xml": "XML", ".parquet": "Parquet",
+    ".feather": "Feather", ".arrow": "Arrow", ".ipc": "Arrow", ".orc": "ORC", ".avro": "Avro", ".xlsx": "Excel",
+    ".xls": "Excel", ".db": "SQLite", ".sqlite": "SQLite", ".pkl": "pickle", ".pickle": "pickle",
+    ".joblib": "joblib", ".msgpack": "MessagePack", ".tif": "TIFF", ".tiff": "TIFF", ".png": "PNG", ".jpg": "JPEG",
+    ".jpeg": "JPEG", ".gif": "GIF", ".svg": "SVG", ".pdf": "PDF", ".fits": "FITS", ".root": "ROOT", ".gz": "gzip",
+    ".bz2": "bzip2", ".xz": "xz", ".zst": "Zstandard", ".lz4": "LZ4", ".zip": "ZIP", ".7z": "7-Zip", ".tar": "tar",
+    ".tgz": "tar",
+}  # fmt: skip
+"""Endings of names of other formats than HDF5."""
+_HDF5_ENDINGS = (".h5", ".hdf5", ".hdf", ".he5")
+
+
+def target_of(path: str) -> str:
+    """The file that is made or replaced by writing to ``path``: where it leads if it is a symbolic link.
+
+    Raises ArgumentError for links that lead in a circle.
+    """
+    if not os.path.islink(path):
+        return path
+    found = os.path.realpath(path)
+    if os.path.islink(found):
+        raise ArgumentError("out", f"{path}, a link that leads in a circle", "a new file", "Choose another name.")
+    return found
+
+
+def check_name(path: str) -> None:
+    """Raise ArgumentError where ``path`` is no name for an HDF5 file: of another format, or of a data set in a file."""
+    expected = "the name of a new HDF5 file"
+    try:
+        unusable = b"\0" in os.fsencode(path)
+    except UnicodeEncodeError:
+        unusable = True
+    if unusable:
+        raise ArgumentError("out", ascii(path), expected, "No file can have that name: choose another one.")
+    ending = os.path.splitext(path.rstrip(os.sep))[1].lower()
+    if ending in (PART_SUFFIX, JOB_SUFFIX):
+        raise ArgumentError("out", f"{path}, a name of unfinished outputs", expected, "Choose another ending.")
+    if ending in _OTHER_FORMATS:
+        remedy = f"Outputs are HDF5 files: name one, such as {os.path.splitext(path)[0]}.h5, and convert that."
+        raise ArgumentError("out", f"{path}, a name of {_OTHER_FORMATS[ending]} files", expected, remedy)
+    file, colon, rest = path.rpartition(":")
+    if colon and file.lower().endswith(_HDF5_ENDINGS) and not rest.lower().endswith(_HDF5_ENDINGS):
+        remedy = f"An output is a file of its own, with data sets that have names already: name it {file}."
+        raise ArgumentError("out", f"{path}, a data set in a file", expected, remedy)
+
+
 def check_target(path: str, inputs: Sequence[str], *, overwrite: bool, of_job: bool = False) -> None:
     """Raise ArgumentError unless a new file may be made at ``path``, which must be none of ``inputs``."""
+    check_name(path)
     if path.endswith(os.sep):
         raise ArgumentError("out", f"{path}, a directory", "the name of a file", "Name a file in it.")
     folder = os.path.dirname(os.path.abspath(path))
@@ -114,8 +175,10 @@ def check_target(path: str, inputs: Sequence[str], *, overwrite: bool, of_job: b
         raise ArgumentError("out", f"{path}, whose folder is {found}", "an existing folder", f"Make {folder} first.")
     if not os.access(folder, os.W_OK | os.X_OK):
         raise ArgumentError("out", f"{path}, whose folder is not writable", "a writable folder", "Choose another one.")
-    if os.path.isdir(path + JOB_SUFFIX) and not of_job:
-        remedy = f"Finish it with cqsa resume {path}, or drop it with --restart (Options(restart=True))."
+    records = (os.path.join(path + JOB_SUFFIX, name) for name in ("job", "ledger.sqlite"))
+    if any(map(os.path.exists, records)) and not of_job:
+        restart = Choice("restart", True, rare=True)
+        remedy = Phrase.of("Finish it with ", Call("resume", path), ", or drop it with ", restart, ".")
         raise ArgumentError("out", f"{path}, of which a job is unfinished", "a new file", remedy)
     for name in (path, path + PART_SUFFIX):
         if os.path.isdir(name):
@@ -125,15 +188,11 @@ def check_target(path: str, inputs: Sequence[str], *, overwrite: bool, of_job: b
         if os.path.exists(name) and not os.path.isfile(name):  # --overwrite would put a file in place of /dev/null
             raise ArgumentError("out", f"{name}, which is no regular file", "a new file", "Choose another name.")
     if os.path.lexists(path) and not overwrite:
-        raise ArgumentError(
-            "out",
-            f"{path}, which exists",
-            "a new file",
-            "Choose another name, or --overwrite (Options(overwrite=True)).",
-        )
+        remedy = Phrase.of("Choose another name, or replace it: ", Choice("overwrite", True, rare=True), ".")
+        raise ArgumentError("out", f"{path}, which exists", "a new file", remedy)
 
 
-def _remove_leftover(part: str) -> None:
+def remove_leftover(part: str) -> None:
     """Remove what an earlier run has left under the name of the unfinished file."""
     if os.path.lexists(part):
         if not stat.S_ISREG(os.lstat(part).st_mode):

@@ -26,7 +26,7 @@ CHECK_BYTES = 64 << 10
 class RawFile:
     """An open file without any HDF5 in the way: thread safe, no shared file position where the system allows.
 
-    ``label`` names the file and data set in errors; ``bytes_read`` counts what has been read.
+    ``label`` names the file and data set in errors.
     """
 
     def __init__(self, path: str, label: str, *, write: bool = False) -> None:
@@ -44,8 +44,15 @@ class RawFile:
         return made
 
     def _own(self, descriptor: int, label: str) -> None:
-        self._fd, self._closed, self._lock = descriptor, False, threading.Lock()
-        self.label, self.bytes_read = label, 0
+        self._fd, self._closed, self.label = descriptor, False, label
+        self._lock = threading.Lock()  # of the file position, for systems that cannot do without
+        # Each thread counts for itself: a lock that another thread holds stays locked in the child of a fork.
+        self._read_by: dict[int, int] = {}
+
+    @property
+    def bytes_read(self) -> int:
+        """What all threads have read."""
+        return sum(list(self._read_by.values()))
 
     @property
     def descriptor(self) -> int:
@@ -71,8 +78,8 @@ class RawFile:
                     f" {position}. It is truncated: copy or write it again."
                 )
             done += count
-        with self._lock:
-            self.bytes_read += done
+        thread = threading.get_ident()
+        self._read_by[thread] = self._read_by.get(thread, 0) + done
 
     def checksum(self, position: int, size_bytes: int, start: int = 0) -> int:
         """CRC-32 of what the file holds there, continuing ``start``; by any thread."""
@@ -93,6 +100,11 @@ class RawFile:
             except OSError as error:
                 raise StorageError(f"{self.label}: writing at byte {position + done}: {error.strerror}") from error
         self._begin_writing_back(position, done)
+
+    def write_apart(self, vectors: np.ndarray, position: int, stride: int) -> None:
+        """Write each of ``vectors`` at ``position``, and from one to the next ``stride`` bytes on; raises as above."""
+        for number, vector in enumerate(vectors):
+            self.write_from(vector, position + number * stride)
 
     def read_ahead(self, spans: Iterable[tuple[int, int]]) -> Iterator[None]:
         """Have the bytes ``start <= p < stop`` of each span in the page cache, some at each turn; maps nothing.
@@ -131,6 +143,14 @@ class RawFile:
         try:
             return os.path.samestat(os.stat(path), os.fstat(self._fd))
         except FileNotFoundError:
+            return False
+
+    @property
+    def has_a_name(self) -> bool:
+        """Whether the file has any name, as far as the system says."""
+        try:
+            return os.fstat(self._fd).st_nlink > 0
+        except OSError:  # it is gone, says the server of a network file system
             return False
 
     def close(self) -> None:

@@ -60,6 +60,12 @@ class Rows:
         """How many tokens are converted at a time: those of 1 MiB of rows, at least one."""
         return min(self.shape[2], piece_rows(self.row_bytes))
 
+    @property
+    def place(self) -> Range:
+        """The bytes of the file that the array has."""
+        count = self.shape[0] * self.shape[1] * self.shape[2] * self.shape[3]
+        return Range(self.offset, self.offset + count * self.dtype.itemsize)
+
     def runs(self, batch: Range, heads: Range, tokens: Range) -> Iterator[Run]:
         """The runs that hold these tokens, in the order of the file."""
         _, all_heads, all_tokens, _ = self.shape

@@ -34,6 +34,13 @@ class TokenSource(Protocol):
         """Whether tokens lie outside heads; then blocks should be allocated (batch, tokens, heads, head_dim)."""
 
     @property
+    def cell(self) -> Shape4:
+        """What is read as a whole, whatever is wanted of it: a chunk, all heads of a token, or one vector.
+
+        (batch, heads, tokens, head_dim); cells begin at 0 in every axis.
+        """
+
+    @property
     def in_place(self) -> bool:
         """Whether ``view`` works: a native float32 or float64 array in memory with contiguous vectors."""
 
@@ -52,6 +59,10 @@ class TokenSource(Protocol):
     @property
     def held_bytes(self) -> int:
         """Bytes that stay in memory between reads, such as HDF5's cache of chunks; 0 for most sources."""
+
+    @property
+    def touched_bytes(self) -> int:
+        """Bytes that HDF5 holds during a read for the chunks that it touches; 0 for most sources."""
 
     def staging_bytes(self, compute_dtype: np.dtype) -> int:
         """The most bytes that one ``read`` into a ``compute_dtype`` block takes besides that block and held_bytes."""

@@ -9,14 +9,17 @@ from dataclasses import asdict, dataclass
 from itertools import product
 from typing import TYPE_CHECKING
 
+import ml_dtypes
 import numpy as np
 
 from ..errors import ArgumentError, StorageError
 from ..ranges import Range
+from ..units import format_bytes
+from ..wording import Choice, Phrase
 from .dtypes import SUPPORTED, piece_rows
 from .layout import LAYOUTS, Layout, Shape4
 from .output import write_rows
-from .partfile import PartFile, check_target
+from .partfile import PartFile, check_target, target_of
 from .rows import Rows
 
 if TYPE_CHECKING:
@@ -24,6 +27,14 @@ if TYPE_CHECKING:
 
 BLOCK_TOKENS = 256
 """Tokens that come from one state of the generator; part of what a seed means, so never to be changed."""
+
+MOST_SEED = (1 << 128) - 1
+# Elements of a vector, of which attention takes 1024; many tokens are made at once.
+MOST_DIM = 1 << 16
+# No number that is made is further from 0.
+MOST_DEVIATIONS = 16
+# What HDF5 can address in a file, and the most bytes of one of its chunks.
+MOST_BYTES, MOST_CHUNK_BYTES = (1 << 63) - 1, (1 << 32) - 1
 
 Progress = Callable[[int, int], None]
 """Called with the bytes written so far and in all."""
@@ -56,20 +67,47 @@ class InputSpec:
         for name in numbers:
             if (value := getattr(self, name)) is not None and value < 1:
                 raise ArgumentError(name, value, "at least 1", "Leave optional lengths out for their defaults.")
-        if self.seed < 0:
-            raise ArgumentError("seed", self.seed, "at least 0", "Any whole number from 0 on will do.")
+        for name in ("head_dim", "value_dim"):
+            if (getattr(self, name) or 1) > MOST_DIM:
+                raise ArgumentError(name, getattr(self, name), f"at most {MOST_DIM}", "Split the vectors into heads.")
+        if not 0 <= self.seed <= MOST_SEED:
+            raise ArgumentError("seed", self.seed, "at least 0 and less than 2**128", "0 is the default.")
         if self.dtype not in SUPPORTED:
             raise ArgumentError("dtype", self.dtype, f"one of {', '.join(SUPPORTED)}", "float32 is the default.")
         if self.layout not in LAYOUTS:
             raise ArgumentError("layout", self.layout, f"one of {', '.join(LAYOUTS)}", "bhnd is the default.")
         if self.shared and not self.shapes["q"] == self.shapes["k"] == self.shapes["v"]:
-            raise ArgumentError("shared", "key_tokens or value_dim", "one shape for q, k and v", "Leave them out.")
+            found = Phrase.of(Choice("key_tokens"), " or ", Choice("value_dim"))
+            raise ArgumentError("shared", found, "one shape for q, k and v", "Leave them out.")
         if not math.isfinite(self.scale):
             raise ArgumentError("scale", self.scale, "a finite number", "It is the standard deviation of the numbers.")
+        if MOST_DEVIATIONS * abs(self.scale) > float(ml_dtypes.finfo(SUPPORTED[self.dtype]).max):
+            expected = f"a standard deviation of which {self.dtype} holds {MOST_DEVIATIONS}"
+            raise ArgumentError("scale", self.scale, expected, "Larger numbers would be infinite.")
         if self.compression not in (None, "gzip", "lzf"):
             raise ArgumentError("compression", repr(self.compression), "gzip or lzf", "Leave it out for none.")
         if self.compression is not None and self.chunk_tokens is None:
-            raise ArgumentError("compression", self.compression, "chunked data", "Give chunk_tokens, too.")
+            remedy = Phrase.of("Pass ", Choice("chunk_tokens", ...), ", too.")
+            raise ArgumentError("compression", self.compression, "chunked data", remedy)
+        self._check_sizes()
+
+    def _check_sizes(self) -> None:
+        """What HDF5 cannot store is refused before a file is made."""
+        itemsize = SUPPORTED[self.dtype].itemsize
+        if self.size_bytes > MOST_BYTES:
+            found = f"{self.tokens}, which makes {format_bytes(self.size_bytes)} of inputs"
+            raise ArgumentError("tokens", found, f"less than {format_bytes(MOST_BYTES)}", "Make fewer or shorter ones.")
+        for _, heads, tokens, dim in self.shapes.values() if self.chunk_tokens is not None else ():
+            at_once = (heads if _token_major(self) else 1) * min(self.chunk_tokens or 1, tokens)
+            if at_once * dim * itemsize > MOST_CHUNK_BYTES:
+                found = f"{self.chunk_tokens}, which makes chunks of {format_bytes(at_once * dim * itemsize)}"
+                raise ArgumentError("chunk_tokens", found, "less than 4 GiB a chunk", "Make chunks of fewer tokens.")
+
+    @property
+    def size_bytes(self) -> int:
+        """Bytes of all data sets, before compression."""
+        lengths = [math.prod(shape) for shape in self.shapes.values()]
+        return (lengths[0] if self.shared else sum(lengths)) * SUPPORTED[self.dtype].itemsize
 
     @property
     def shapes(self) -> dict[str, Shape4]:
@@ -95,12 +133,12 @@ def make_inputs(
     """
     from .create import NewDataset
 
-    check_target(path := os.fspath(path), (), overwrite=overwrite)
+    check_target(path := target_of(os.fspath(path)), (), overwrite=overwrite)
     layout, dtype = Layout(spec.layout), SUPPORTED[spec.dtype]
     names = ["q"] if spec.shared else ["q", "k", "v"]
     links = {"/k": "/q", "/v": "/q"} if spec.shared else {}
     attributes: dict[str, object] = {"synthetic": asdict(spec)}
-    report = _Report(progress, sum(int(np.prod(spec.shapes[name])) for name in names) * dtype.itemsize)
+    report = _Report(progress, spec.size_bytes)
     new = [
         NewDataset(f"/{name}", layout.physical_shape(spec.shapes[name]), dtype, {"layout": spec.layout})
         for name in names
@@ -177,7 +215,7 @@ def _write_chunked(
 
     layout, chunk_tokens = Layout(spec.layout), spec.chunk_tokens or 1
     try:
-        with h5py.File(part.part, "r+") as file:
+        with h5py.File(part.part, "r+", locking=False) as file:  # nobody else knows it yet
             for one in new:
                 stored, marks = stored_form(one.dtype)
                 name = one.name.strip("/")

@@ -269,7 +269,7 @@ REFUSED = [
     pytest.param(_group, ArgumentError, "/q in .* is a group", id="group"),
     pytest.param(_missing, ArgumentError, r"/q in .* is missing \(data sets present: /other\)", id="missing"),
     pytest.param(_vector, ArgumentError, "1 dimensions", id="vector"),
-    pytest.param(_odd_layout, ArgumentError, "unknown layout 'dn'", id="odd-layout"),
+    pytest.param(_odd_layout, ArgumentError, "the attribute layout = 'dn' of .*x.h5:/q", id="odd-layout"),
 ]
 
 

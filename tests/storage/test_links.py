@@ -82,7 +82,7 @@ WAYS = ["relative", "absolute", "link of the file system", "like a neighbour", "
 @pytest.mark.parametrize("how", WAYS)
 def test_links_to_elsewhere_are_followed_only_if_asked(home, how, capsys):
     path, out = outside(home, how), home / "out.h5"
-    says = f"has an external link to .*:/q, which is outside {home} and not followed.*--follow-links"
+    says = f"has an external link to .*:/q, which is outside {home} and not followed.*follow_links=True"
     references = [f"{path}:/{name}" for name in "qkv"]
     for call in (lambda: open_file(path), lambda: dataset(references[0]), lambda: cqsa.attention(*references)):
         with pytest.raises(StorageError, match=says):
