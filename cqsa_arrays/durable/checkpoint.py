@@ -4,35 +4,36 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from dataclasses import dataclass, replace
 
 from ..engine.checkpoint import Saving
 from ..engine.schedule import Position, Work
-from ..engine.statefile import StateFile, Version, Versions
+from ..engine.statefile import StateFile, Version
 from ..errors import JobStopped
-from ..planner import Plan
+from ..planner import Plan, Rates
 from ..planner.durability import SHARE
 from ..ranges import Range
 from ..storage import OutputFile
-from .ledger import Ledger
-from .record import NOT_TAKEN, RECENT, LaneRecord, Moment, rows_facts
+from ..workers import Pool
+from .attempt import Attempt
+from .claims import this_process
+from .journal import Extent
+from .record import RECENT, Moment
 from .stop import Stop
 
 
 @dataclass(frozen=True, slots=True)
 class Lane:
-    """What a lane is saved to: its number, the plan, the ledger, the files of its states and of the output.
+    """What a lane is saved to: the plan, the files of this attempt at it, and the output.
 
-    ``check_inputs`` raises where an input is no longer what it was.
+    ``check`` raises where an input is no longer what it was, or the job is not there any more.
     """
 
-    number: int
     plan: Plan
-    ledger: Ledger
-    states: StateFile
+    attempt: Attempt
     output: OutputFile
-    check_inputs: Callable[[], None]
+    check: Callable[[], None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,7 +44,8 @@ class _Sealed:
     moment: Moment
     written: dict[tuple[int, int], Version]
     kept: dict[tuple[int, int], Version]
-    rows: list[tuple[int, Range]]
+    journals: tuple[Extent, ...]
+    saving_s: float
 
 
 class LaneCheckpoint:
@@ -53,13 +55,16 @@ class LaneCheckpoint:
     while it goes on. ``close`` waits for the commit that is under way.
     """
 
-    def __init__(self, lane: Lane, record: LaneRecord, end: Position, stop: Stop) -> None:
-        self._lane, self._record, self._end, self._stop = lane, record, end, stop
+    def __init__(self, lane: Lane, end: Position, stop: Stop) -> None:
+        self._lane, self._record, self._end, self._stop = lane, lane.attempt.record, end, stop
         self._interval_s = self._asked_s = lane.plan.durability.interval_s if lane.plan.durability else 0.0
         self._begun = self._last = time.perf_counter()
-        self._pairs, self._before_s = record.pairs, record.computed_s
-        self._rows: list[tuple[int, Range]] = []
-        self._pool = ThreadPoolExecutor(1, thread_name_prefix="cqsa-commit")
+        self._pairs, self._before_s = self._record.pairs, self._record.computed_s
+        # Of the last part and the last commit; of the first one what the plan's rates say.
+        self._part_s = 0.0
+        self._commit_s = lane.plan.durability.checkpoint_bytes / Rates().saved_bytes if lane.plan.durability else 0.0
+        self._reached = self._begun
+        self._pool = Pool(1, "commit")
         self._pending: Future[None] | None = None
 
     @property
@@ -68,21 +73,29 @@ class LaneCheckpoint:
 
     @property
     def states(self) -> StateFile:
-        return self._lane.states
+        return self._lane.attempt.states
 
     def done(self, work: Work) -> None:
+        self._pairs += work.pairs(self._lane.plan.problem.mask)
         if work.step is not None:
-            heads, mask = len(work.group.batch) * len(work.group.heads), self._lane.plan.problem.mask
-            self._pairs += heads * sum(mask.pairs(work.rows, keys) for keys in work.step.keys)
+            self._stop.worked = True
 
     def finished(self, group: int, rows: Range) -> None:
-        self._rows.append((group, rows))
+        """The journal has them."""
 
     def reached(self, position: Position, resident: Saving) -> None:
         """Commit if it is time, or the end, or the run is to stop: then by JobStopped, with everything committed."""
+        self._part_s = time.perf_counter() - self._reached
+        try:
+            self._reach(position, resident)
+        finally:
+            self._reached = time.perf_counter()
+
+    def _reach(self, position: Position, resident: Saving) -> None:
         if self._pending is not None and self._pending.done():
             self._wait()
-        reason, at_end = self._stop.reason, position == self._end
+        # What is done must be committed within the time, and another part would be done only after it.
+        reason, at_end = self._stop.reason_within(self._part_s + self._commit_s), position == self._end
         if position == self._record.position and not at_end:  # nothing new
             if reason:
                 raise JobStopped(reason)
@@ -97,8 +110,9 @@ class LaneCheckpoint:
         began = time.perf_counter()
         resident.save()
         moment = Moment(time.time(), self._pairs, self._before_s + time.perf_counter() - self._begun)
-        sealed = _Sealed(position, moment, *self._lane.states.seal(), self._rows)
-        self._rows = []
+        attempt = self._lane.attempt
+        journals = attempt.journals(attempt.journal.seal())
+        sealed = _Sealed(position, moment, *attempt.states.seal(), journals, time.perf_counter() - began)
         self._pending = self._pool.submit(self._commit, sealed)
         self._last = time.perf_counter()
         # What the computing thread waited must stay the share that the plan allows, on a slow disk too.
@@ -115,48 +129,41 @@ class LaneCheckpoint:
             pending.result()
 
     def _commit(self, sealed: _Sealed) -> None:
-        """Everything that the ledger will name is on the disk before the ledger names it.
+        """Everything that a checkpoint will name is on the disk before it has its own name.
 
-        1. States went to slots that no committed state has (``StateFile.write``), rows to places of their own.
-        2. Both are read back for their checksums, unless this is the end.
-        3. Both files are put on the disk.
+        1. States went to slots that no committed state has (``StateFile.write``), rows to the output and the journal.
+        2. States are read back for their checksums.
+        3. Output, journal and states are put on the disk.
         4. The inputs are still what they were: else what was computed may be of neither the old ones nor the new.
-        5. One transaction names the place, the slots and the rows.
+        5. The checkpoint gets its name.
         6. Only now the slots that were committed before are free.
         """
-        lane = self._lane
+        lane, attempt, began = self._lane, self._lane.attempt, time.perf_counter()
         try:
-            versions = lane.states.checked(sealed.written)
-            groups = lane.plan.groups
-            # Of a lane at its end nothing is looked at again.
-            checksum = lane.output.checksum if sealed.position != self._end else lambda *_: NOT_TAKEN
-            rows = {(g, part): checksum(groups[g].batch, groups[g].heads, part) for g, part in sealed.rows}
-            lane.states.sync()
-            lane.output.sync()
-            lane.check_inputs()
+            versions = attempt.states.checked(sealed.written)
+            if sealed.journals != self._record.journals:
+                lane.output.sync()
+                attempt.journal.sync()
+            if versions:
+                attempt.states.sync()
+            lane.check()
             record = replace(
-                self._record, position=sealed.position, moments=(*self._record.moments, sealed.moment)[-RECENT:],
-                versions=self._kept(sealed.position, {**sealed.kept, **versions}),
-                finished=self._record.finished + len(rows),
+                self._record, attempt=attempt.name, by=this_process(), position=sealed.position,
+                moments=(*self._record.moments, sealed.moment)[-RECENT:],
+                versions=self._kept(sealed.position, {**sealed.kept, **versions}), journals=sealed.journals,
             )  # fmt: skip
-            lane.ledger.commit(
-                {**record.facts(lane.number), **rows_facts(lane.number, rows)}, drop=self._obsolete(record)
-            )
+            attempt.commit(record, at_end=sealed.position == self._end)
         except BaseException as error:
-            lane.states.failed(error)
+            attempt.states.failed(error)
             raise
-        lane.states.committed(versions)
-        self._record = record
+        attempt.states.committed(versions)
+        self._record, self._commit_s = record, sealed.saving_s + time.perf_counter() - began
 
-    def _kept(self, position: Position, versions: Versions) -> dict[tuple[int, int], Version]:
+    def _kept(self, position: Position, versions: dict[tuple[int, int], Version]) -> dict[tuple[int, int], Version]:
         """Those that a later run needs: where lanes do not meet, nothing of the groups that are finished."""
         first = 0 if self._lane.plan.lanes_meet else position.group
         return {key: version for key, version in versions.items() if key[0] >= first}
 
-    def _obsolete(self, record: LaneRecord) -> list[str]:
-        before, now = ({group for group, _ in one.versions} for one in (self._record, record))
-        return [f"states/{self._lane.number}/{group}" for group in before - now]
-
     def close(self) -> None:
         """Wait for what is under way; its error gives way to that which ends the run."""
-        self._pool.shutdown()
+        self._pool.close()

@@ -1,4 +1,4 @@
-"""What a ledger says of a whole job, and how one is begun, taken up again and dropped."""
+"""A job is begun, or taken up again: the same that was asked for, of the same inputs."""
 
 from __future__ import annotations
 
@@ -6,163 +6,227 @@ import logging
 import os
 import secrets
 import time
-from contextlib import ExitStack, closing, suppress
-from dataclasses import asdict, dataclass, replace
+from contextlib import ExitStack, suppress
+from dataclasses import dataclass
 from typing import Any
 
-from ..errors import START_OVER, ArgumentError, JobBusyError, StorageError
+from ..errors import START_OVER, ArgumentError, StorageError
 from ..planner import Plan
-from ..storage import PART_SUFFIX, OutputFile, check_target, describe
+from ..storage import PART_SUFFIX, OutputFile, check_target, remove_leftover
 from ..version import __version__
-from .folder import FINISH, SETUP, JobFolder
-from .ledger import Ledger
-from .lock import Lock
-from .setup import Setup, fingerprints, mark_of, problem_facts
-from .states import lane_lock, remove_states, reserve_states
+from ..wording import Call, Choice, Phrase
+from .claims import Claims, Observer
+from .ending import POLL_S, JobEnded, bury, end, make_way, require_nobody, require_over, was_finished
+from .fact import JobFact, choice, current
+from .folder import LOOKS, OF_JOB, JobFolder, JobPaths, clear, look
+from .inputs import KnownInput, read_known_inputs
+from .records import damaged, link_once, sync_directory, write_record
+from .setup import Setup, mark_of, problem_facts
+from .states import require_room
+from .stop import Stop
 
 logger = logging.getLogger("cqsa_arrays")
-# Of a candidate: what another machine must take over for the same cover, chunks and states.
-CHOICE = ("cover", "query_parts", "key_parts", "batches", "heads", "states", "tile_tokens", "keys_stay")
+
+
+class Displaced(Exception):
+    """Another process took this one for gone, and has removed what it was making."""
 
 
 @dataclass(frozen=True, slots=True)
-class JobFact:
-    """The entry "job" of a ledger.
+class Opened:
+    """A job that this process works on."""
 
-    ``mark`` names the job in its output; ``key`` is part of the names of its files of states, which are in the
-    directory ``states`` ("": in the job's folder).
-    """
-
-    mark: str
-    key: str
-    package: str
-    identity: str
-    device: str
-    lanes: int
-    chosen: dict[str, Any]
-    problem: dict[str, Any]
-    inputs: dict[str, Any]
-    request: dict[str, Any]
-    states: str
-    overwrite: bool
-    pairs: int
-    flops: int
-    begun: float
-
-    def directory(self, folder: JobFolder) -> str:
-        """Where the states are."""
-        return self.states or folder.path
-
-    def require_directory(self, folder: JobFolder) -> None:
-        """Raise StorageError where the states are gone with it."""
-        if not os.path.isdir(self.directory(folder)):
-            raise StorageError(
-                f"{self.directory(folder)}: the directory with this job's states is gone. Put it back. {START_OVER}"
-            )
+    setup: Setup
+    folder: JobFolder
+    paths: JobPaths
+    claims: Claims
+    watch: Observer
+    output: OutputFile
+    fact: JobFact
+    plan: Plan
 
 
-def read_fact(ledger: Ledger) -> JobFact:
-    """The job of a ledger; StorageError where that says nothing useful."""
-    found = ledger.get("job")
-    try:
-        return JobFact(**found)
-    except TypeError as error:
-        raise ledger.damaged("it does not say what the job is") from error
-
-
-def stored_request(out: str) -> tuple[dict[str, Any], bool]:
-    """What the unfinished job of ``out`` was asked for, and whether it may replace a file of that name."""
+def stored_request(out: str) -> tuple[dict[str, Any], dict[str, KnownInput], bool]:
+    """What the unfinished job of ``out`` was asked for, of which inputs, and whether it may replace a file."""
     folder = JobFolder(out)
-    folder.require()
-    with closing(Ledger(folder.ledger)) as ledger:
-        fact = read_fact(ledger)
-    fact.require_directory(folder)
-    return fact.request, fact.overwrite
+    fact = require_job(folder)
+    fact.require_scratch(folder)
+    return fact.request, read_known_inputs(fact.inputs, out), fact.overwrite
 
 
-def open_job(setup: Setup, folder: JobFolder, stack: ExitStack) -> tuple[Ledger, OutputFile, JobFact, Plan] | None:
-    """The job in ``folder``, or a new one; None where its output has its name already. ``stack`` closes the files."""
-    if not folder.exists:
-        return _begin(setup, folder, stack)
-    ledger = stack.enter_context(Ledger(folder.ledger))
-    fact = read_fact(ledger)
-    if _was_finished(setup.out, fact):
-        _remove(folder, fact)
-        return None
-    fact.require_directory(folder)
-    overwrite = setup.overwrite or fact.overwrite
+def require_job(folder: JobFolder) -> JobFact:
+    """The job of the folder; ArgumentError where there is none, StorageError where its record cannot be right."""
+    for _ in range(LOOKS):
+        folder.require()
+        if (fact := current(folder)) is not None:  # else it has ended, and another may be begun
+            return fact
+    raise StorageError(f"{folder.record} comes and goes. Is the disk in order?")
+
+
+def open_job(setup: Setup, folder: JobFolder, claims: Claims, stop: Stop, stack: ExitStack) -> Opened:
+    """The job in ``folder``, or a new one; ``stack`` closes its output.
+
+    Raises JobEnded where another process has finished it.
+    """
+    while True:
+        stop.check()
+        fact = current(folder)
+        if fact is None and setup.resumes:
+            require_over(folder)
+        if fact is None:
+            _begin(setup, folder, claims, stop)
+            continue
+        paths = fact.paths(folder)
+        if not any(map(os.path.exists, (paths.output, paths.finished))):
+            _require_over(folder, fact)
+            dropped = os.path.exists(paths.dropped)
+            finished = not dropped and was_finished(setup.out, fact) and _is_same(setup, fact)
+            end(folder, fact)
+            if finished:
+                raise JobEnded
+            check_target(setup.out, setup.output.inputs, overwrite=setup.overwrite, of_job=True)
+            continue
+        return _opened(setup, folder, fact, claims.within(paths.directory), stack, stop)
+
+
+def _require_over(folder: JobFolder, fact: JobFact) -> None:
+    """Raise StorageError where the output is gone although the job was neither finished nor dropped."""
+    if os.path.exists(fact.paths(folder).dropped) or was_finished(folder.out, fact):
+        return
+    now = current(folder)
+    if now is not None and now.key == fact.key:
+        raise StorageError(f"{fact.paths(folder).output}: the unfinished output is gone. ", START_OVER)
+
+
+def _opened(setup: Setup, folder: JobFolder, fact: JobFact, claims: Claims, stack: ExitStack, stop: Stop) -> Opened:
+    fact.require_scratch(folder)
+    # The output may have its name already: whoever gave it that was killed before it could forget the other one.
+    overwrite = setup.overwrite or fact.overwrite or was_finished(setup.out, fact)
     check_target(setup.out, setup.output.inputs, overwrite=overwrite, of_job=True)
     _check_same(setup, fact)
-    plan = _plan_of(setup, ledger, fact)
+    paths, plan = fact.paths(folder), _plan_of(setup, folder, fact)
     if plan.device != fact.device:
-        fact = _moved(setup, folder, ledger, fact, plan)
+        fact = _move(setup, folder, fact, plan, claims, stop)
     try:
         output = OutputFile.reopen(
             setup.out, shape=setup.output.shape, dtype=setup.output.dtype, layout=setup.output.layout,
-            lse_dtype=setup.output.lse_dtype, marks={"job": fact.mark}, overwrite=overwrite,
+            lse_dtype=setup.output.lse_dtype, marks={"job": fact.mark},
+            part=paths.output if os.path.exists(paths.output) else paths.finished,
         )  # fmt: skip
     except StorageError:
-        if folder.exists and not _was_finished(setup.out, fact):
-            raise
-        return None  # another process has given it its name, meanwhile
+        if was_finished(setup.out, fact):
+            raise JobEnded from None
+        raise
     stack.callback(output.keep)
-    return ledger, output, fact, plan
+    _show_part(folder, paths)
+    return Opened(setup, folder, paths, claims, claims.watch, output, fact, plan)
 
 
-def _moved(setup: Setup, folder: JobFolder, ledger: Ledger, fact: JobFact, plan: Plan) -> JobFact:
+def _move(setup: Setup, folder: JobFolder, fact: JobFact, plan: Plan, claims: Claims, stop: Stop) -> JobFact:
     """The job as one of another device, which must not be computed meanwhile."""
-    with ExitStack() as held:
-        _hold_lanes(folder, fact, held)
-        request = dict(setup.request)
-        fact = replace(fact, device=plan.device, identity=plan.identity, chosen=_choice(plan), request=request)
-        ledger.commit({"job": asdict(fact)})
+    require_nobody(folder, stop, "device", plan.device, claims.worker)
+    fact, paths = fact.moved(plan, setup.request), fact.paths(folder)
+    prepared = f"{paths.moved(fact.moves)}.new-{secrets.token_hex(4)}"
+    write_record(prepared, fact.facts())
+    first = link_once(prepared, paths.moved(fact.moves))
+    with suppress(FileNotFoundError):
+        os.remove(prepared)
+    if not first:
+        raise StorageError(f"{setup.out}: the job was moved to another device by another process.")
+    sync_directory(paths.directory)
     return fact
 
 
-def _begin(setup: Setup, folder: JobFolder, stack: ExitStack) -> tuple[Ledger, OutputFile, JobFact, Plan]:
-    """Allocate everything; the entry of the ledger, which comes last, makes it a job. On an error nothing is left."""
-    from ..storage.create import sync_directory  # h5py comes with it
+def _begin(setup: Setup, folder: JobFolder, claims: Claims, stop: Stop) -> None:
+    """Make the job, or wait for another process that does."""
+    while not folder.exists:
+        if claims.take("begin", look(folder.path)):
+            _publish(setup, folder)
+            return
+        stop.check()
+        time.sleep(POLL_S)
 
-    plan, spec = setup.plan, setup.output
-    forget_attempt(folder)
+
+def _publish(setup: Setup, folder: JobFolder) -> None:
+    """Allocate everything, and then give the record its name, which makes it a job. On an error nothing is left."""
+    check_target(setup.out, setup.output.inputs, overwrite=setup.overwrite, of_job=True)
+    fact = _fact(setup)
+    paths = fact.paths(folder)
     with ExitStack() as undo:
-        undo.callback(folder.remove)
-        inputs = fingerprints(setup.inputs)
-        mark, key = mark_of(plan.identity, inputs), secrets.token_hex(8)
-        output = OutputFile.create(
-            setup.out, shape=spec.shape, dtype=spec.dtype, layout=spec.layout, lse_dtype=spec.lse_dtype,
-            attributes={**spec.attributes, "job": mark}, overwrite=setup.overwrite, inputs=spec.inputs, of_job=True,
-        )  # fmt: skip
-        undo.callback(output.abandon)
-        fact = JobFact(
-            mark=mark, key=key, package=__version__, identity=plan.identity, device=plan.device, lanes=plan.lanes,
-            chosen=_choice(plan), problem=problem_facts(plan.problem, spec.layout), inputs=inputs,
-            request=dict(setup.request), states=os.path.abspath(setup.scratch) if setup.scratch else "",
-            overwrite=setup.overwrite, pairs=plan.problem.pairs, flops=plan.problem.flops, begun=time.time(),
-        )  # fmt: skip
-        with Ledger(folder.new_ledger, create=True) as new:
-            new.commit({"job": asdict(fact)})
-        undo.callback(remove_states, fact.directory(folder), key, plan.lanes)
-        reserve_states(fact.directory(folder), key, plan)
-        os.replace(folder.new_ledger, folder.ledger)  # with its name the job begins, and with its first entry there
-        sync_directory(folder.ledger)
-        sync_directory(folder.path)
+        undo.callback(bury, paths.directory)
+        try:
+            _make(setup, folder, fact)
+            remove_leftover(setup.out + PART_SUFFIX)
+            if not (make_way(folder, paths.directory) and link_once(paths.record, folder.record)):
+                return  # another process was faster
+        except Displaced:
+            return
+        except FileNotFoundError:
+            if os.path.exists(paths.record):
+                raise
+            return  # displaced after it was made
         undo.pop_all()
-    stack.callback(output.keep)
-    return stack.enter_context(Ledger(folder.ledger)), output, fact, plan
+    sync_directory(folder.path)
+    sync_directory(os.path.dirname(folder.path))
+    try:
+        check_target(setup.out, setup.output.inputs, overwrite=setup.overwrite, of_job=True)
+    except ArgumentError:  # another job has finished meanwhile, whose output must stay
+        with suppress(FileNotFoundError):
+            os.rename(paths.output, paths.dropped)
+        end(folder, fact)
+        raise
 
 
-def forget_attempt(folder: JobFolder) -> None:
-    """Remove the states that a run made elsewhere which was killed before its ledger had its name."""
-    if os.path.exists(folder.new_ledger):
-        # Half a ledger names no states; a directory that is gone holds none.
-        with suppress(OSError), Ledger(folder.new_ledger) as left:
-            fact = read_fact(left)
-            remove_states(fact.directory(folder), fact.key, fact.lanes)
+def _make(setup: Setup, folder: JobFolder, fact: JobFact) -> None:
+    """The directory of the job with its output and record, all on the disk."""
+    spec, directory = setup.output, folder.of(fact.key)
+    new = JobPaths(f"{directory}.new", fact.key, "")
+    with ExitStack() as undo:
+        with suppress(FileExistsError):  # the first reply was lost
+            os.mkdir(new.directory)
+        undo.callback(clear, new.directory, OF_JOB)
+        try:
+            OutputFile.create(
+                setup.out, shape=spec.shape, dtype=spec.dtype, layout=spec.layout, lse_dtype=spec.lse_dtype,
+                attributes={**spec.attributes, "job": fact.mark}, overwrite=setup.overwrite, inputs=spec.inputs,
+                part=new.output,
+            ).keep()  # fmt: skip
+            require_room(fact.states or new.directory, setup.plan)
+            write_record(new.record, fact.facts())
+            sync_directory(new.directory)
+            os.rename(new.directory, directory)
+        except OSError:
+            if os.path.isdir(new.directory):
+                raise
+            raise Displaced from None
+        undo.pop_all()
 
 
-def _choice(plan: Plan) -> dict[str, Any]:
-    return {name: getattr(plan.chosen, name) for name in CHOICE}
+def _fact(setup: Setup) -> JobFact:
+    plan, known = setup.plan, setup.watch.known
+    return JobFact(
+        mark=mark_of(plan, known), key=secrets.token_hex(8), package=__version__, identity=plan.identity,
+        device=plan.device, lanes=plan.lanes, chosen=choice(plan),
+        problem=problem_facts(plan.problem, setup.output.layout),
+        inputs={name: one.record for name, one in known.items()}, request=dict(setup.request),
+        states=os.path.abspath(setup.scratch) if setup.scratch else "", overwrite=setup.overwrite,
+        pairs=plan.problem.pairs, flops=plan.problem.flops, begun=time.time(),
+    )  # fmt: skip
+
+
+def _show_part(folder: JobFolder, paths: JobPaths) -> None:
+    """Give the output the name beside its own that people look for; nothing depends on it."""
+    with suppress(OSError):  # a disk without links, or it is there
+        os.link(paths.output, folder.out + PART_SUFFIX)
+
+
+def _is_same(setup: Setup, fact: JobFact) -> bool:
+    """Whether the job that has ended is the one that was asked for."""
+    try:
+        _check_same(setup, fact)
+    except (ArgumentError, StorageError):
+        return False
+    return True
 
 
 def _check_same(setup: Setup, fact: JobFact) -> None:
@@ -170,96 +234,38 @@ def _check_same(setup: Setup, fact: JobFact) -> None:
     if fact.package != __version__:
         raise StorageError(
             f"{setup.out}: an unfinished job of cqsa_arrays {fact.package}; this is {__version__}, whose results may"
-            f" differ in the last bits. Go on with that version. {START_OVER}"
-        )
+            " differ in the last bits. Go on with that version. ", START_OVER,
+        )  # fmt: skip
     asked = problem_facts(setup.plan.problem, setup.output.layout)
     for name, value in asked.items():
         if fact.problem.get(name) != value:
             found, expected = _shown(value), f"{_shown(fact.problem.get(name))}, as in the unfinished job"
             raise ArgumentError(name, found, f"{expected} of {setup.out}", START_OVER)
-    for name, now in fingerprints(setup.inputs).items():
-        stored = fact.inputs.get(name, {})
-        changed = [key for key, value in now.items() if stored.get(key) != value]
-        if changed:
-            raise StorageError(
-                f"{name}: not the input that the unfinished job of {setup.out} was begun with"
-                f" (different: {', '.join(changed)}). Bring that back. {START_OVER}"
-            )
+    setup.watch.require_same(read_known_inputs(fact.inputs, setup.out), setup.out)
     if setup.plan.device != fact.device and not setup.moves:
-        remedy = f"To move it there: cqsa resume {setup.out} --device {setup.plan.device}. {START_OVER}"
+        move = Call("resume", setup.out, (Choice("device", setup.plan.device),))
+        remedy = Phrase.of("To move it there: ", move, ". ", START_OVER)
         raise ArgumentError("device", setup.plan.device, f"{fact.device}, as in the unfinished job", remedy)
     if setup.plan.lanes != fact.lanes and not setup.moves:
         raise ArgumentError("lanes", setup.plan.lanes, f"{fact.lanes}, as in the unfinished job", START_OVER)
 
 
 def _shown(value: object) -> str:
+    if isinstance(value, dict):  # a mask
+        return ", ".join(str(part) if name == "kind" else f"{name} {part}" for name, part in value.items())
     return " ".join(str(part) for part in value) if isinstance(value, list) else str(value)
 
 
-def _plan_of(setup: Setup, ledger: Ledger, fact: JobFact) -> Plan:
+def _plan_of(setup: Setup, folder: JobFolder, fact: JobFact) -> Plan:
     """The plan that goes on with what is there: that of this call if it is the same."""
-    if setup.plan.identity == fact.identity and setup.plan.chosen.states == fact.chosen.get("states"):
+    if setup.plan.identity == fact.identity and setup.plan.chosen.states == fact.chosen["states"]:
         return setup.plan
     try:
         plan = setup.take_over(fact.chosen, fact.lanes)
-    except (KeyError, TypeError, ZeroDivisionError) as error:
-        raise ledger.damaged(f"its plan lacks something ({error!r})") from error
+    except (KeyError, TypeError, ValueError, ZeroDivisionError) as error:
+        if isinstance(error, ArgumentError):
+            raise
+        raise damaged(folder.record, f"its plan lacks something ({error!r})") from error
     moved = f" on {plan.device}: from here on, its bits are those of that device" if fact.device != plan.device else ""
     logger.info("going on with the plan that the job was begun with%s", moved)
     return plan
-
-
-def _was_finished(out: str, fact: JobFact) -> bool:
-    """Whether the output got its name in a run that ended before it could remove the folder."""
-    if os.path.exists(out + PART_SUFFIX) or not os.path.isfile(out):
-        return False
-    return describe(out).attributes.get("job") == fact.mark
-
-
-def _remove(folder: JobFolder, fact: JobFact) -> None:
-    remove_states(fact.directory(folder), fact.key, fact.lanes)
-    folder.remove()
-
-
-def _hold_lanes(folder: JobFolder, fact: JobFact, held: ExitStack) -> None:
-    """Hold the locks of all lanes; JobBusyError where another process computes one."""
-    for lane in range(fact.lanes):
-        lock = Lock.take(lane_lock(fact.directory(folder), fact.key, lane), patience_s=1.0)
-        if lock is None:
-            raise JobBusyError(f"{folder.out}: this job is being computed; stop that first")
-        held.callback(lock.release)
-
-
-def remove_remains(folder: JobFolder) -> None:
-    """Remove what a run has left that was killed after its output had its name and its ledger was gone."""
-    if os.path.isdir(folder.path) and (lock := folder.lock(SETUP)) is not None:
-        if not folder.exists:
-            forget_attempt(folder)
-            folder.remove()
-        lock.release()
-
-
-def drop(folder: JobFolder) -> None:
-    """Remove an unfinished job, whatever its state; JobBusyError where a process begins, computes or finishes it."""
-    if not os.path.isdir(folder.path):
-        return
-    folder.make()  # refuses what is no job's
-    with ExitStack() as held:
-        for name in (SETUP, FINISH):
-            lock = folder.lock(name)
-            if lock is None:
-                raise JobBusyError(f"{folder.out}: this job is being begun or finished; stop that first")
-            held.callback(lock.release)
-        try:
-            with Ledger(folder.ledger) as ledger:
-                fact = read_fact(ledger)
-        except StorageError as error:
-            logger.info("the record of the job is dropped unread: %s", error)
-        else:
-            if os.path.isdir(fact.directory(folder)):
-                _hold_lanes(folder, fact, held)
-                remove_states(fact.directory(folder), fact.key, fact.lanes)
-        forget_attempt(folder)
-        folder.remove()
-        with suppress(FileNotFoundError):
-            os.remove(folder.out + PART_SUFFIX)

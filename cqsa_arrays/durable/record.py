@@ -1,20 +1,20 @@
-"""What a ledger says, as numbers that were checked: a lane's place, its states, the rows that it has finished."""
+"""What a checkpoint says: how far a lane is, its states, and what of which journals says what it has written."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from ..engine.schedule import BEGIN, Position
 from ..engine.statefile import Version, Versions
-from ..ranges import Range
-from .ledger import Ledger
+from .claims import Who
+from .folder import ATTEMPT
+from .journal import Extent
+from .records import Fields
 
-# Of so many commits the ledger keeps when they were made: enough to tell the rate of now.
+# Of so many commits a checkpoint says when they were made: enough to tell the rate of now.
 RECENT = 16
-# The checksum of rows that were written when a lane came to its end.
-NOT_TAKEN = -1
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,12 +28,16 @@ class Moment:
 
 @dataclass(frozen=True, slots=True)
 class LaneRecord:
-    """How far a lane is. ``finished`` counts the rows entries of it that the ledger has."""
+    """How far a lane is. ``key`` is the job's; ``versions`` are of the states of ``attempt``, of process ``by``."""
 
+    key: str
+    lane: int
+    attempt: str = ""
+    by: Who | None = None
     position: Position = BEGIN
     moments: tuple[Moment, ...] = ()
     versions: Versions = field(default_factory=dict)
-    finished: int = 0
+    journals: tuple[Extent, ...] = ()
 
     @property
     def pairs(self) -> int:
@@ -45,62 +49,59 @@ class LaneRecord:
         """Seconds that runs of this lane took, until the last commit."""
         return self.moments[-1].computed_s if self.moments else 0.0
 
-    def facts(self, lane: int) -> dict[str, Any]:
-        """For the ledger."""
-        p, groups = self.position, sorted({group for group, _ in self.versions})
-        found: dict[str, Any] = {
-            f"lane/{lane}": {
-                "position": [p.group, p.task, p.step, p.rows],
-                "moments": [[m.at, m.pairs, m.computed_s] for m in self.moments],
-                "groups": groups,
-                "finished": self.finished,
-            }
+    def facts(self) -> dict[str, Any]:
+        """For a record."""
+        p = self.position
+        return {
+            "key": self.key,
+            "lane": self.lane,
+            "attempt": self.attempt,
+            "by": None if self.by is None else asdict(self.by),
+            "position": [[p.group, p.task, p.step, p.rows]],
+            "moments": [[m.at, m.pairs, m.computed_s] for m in self.moments],
+            "states": [
+                [group, start, v.slot, v.size_bytes, v.rows, v.checksum]
+                for (group, start), v in sorted(self.versions.items())
+            ],
+            "journals": {one.attempt: [one.size_bytes, one.checksum] for one in self.journals},
         }
-        for group in groups:
-            chunks = {start: v for (g, start), v in self.versions.items() if g == group}
-            found[f"states/{lane}/{group}"] = [
-                [start, v.slot, v.size_bytes, v.rows, v.checksum] for start, v in sorted(chunks.items())
-            ]
-        return found
 
 
-def read_lane(ledger: Ledger, lane: int) -> LaneRecord:
-    """The lane as it was committed last; StorageError where the ledger cannot be right."""
-    with ledger.reading():
-        fact, states = ledger.get(f"lane/{lane}"), ledger.facts(f"states/{lane}/")
-    if fact is None:
-        return LaneRecord()
-    try:
-        versions = {}
-        for group in fact["groups"]:
-            for start, slot, size_bytes, rows, checksum in states[f"states/{lane}/{group}"]:
-                versions[int(group), int(start)] = Version(int(slot), int(size_bytes), int(rows), int(checksum))
-        moments = tuple(Moment(float(at), int(pairs), float(s)) for at, pairs, s in fact["moments"])
-        return LaneRecord(Position(*map(int, fact["position"])), moments, versions, int(fact["finished"]))
-    except (KeyError, TypeError, ValueError) as error:
-        raise ledger.damaged(f"lane {lane} lacks something ({error!r})") from error
+def lane_record(fields: Fields, key: str, lane: int) -> LaneRecord:
+    """The checkpoint of that lane of that job; StorageError where it cannot be right."""
+    fields.text("key", key)
+    fields.whole("lane", lane, lane)
+    if len(positions := fields.wholes("position", 4)) != 1:
+        raise fields.wrong("position")
+    versions: dict[tuple[int, int], Version] = {}
+    for group, start, slot, size_bytes, rows, checksum in fields.wholes("states", 6):
+        if slot > 1 or checksum >= 1 << 32:
+            raise fields.wrong("states")
+        versions[group, start] = Version(slot, size_bytes, rows, checksum)
+    moments = []
+    for at, pairs, seconds in fields.rows("moments", 3):
+        if type(pairs) is not int:
+            raise fields.wrong("moments")
+        moments.append(Moment(float(at), pairs, float(seconds)))
+    return LaneRecord(
+        key, lane, fields.text("attempt", ATTEMPT), _process(fields.within("by")), Position(*positions[0]),
+        tuple(moments), versions, _journals(fields),
+    )  # fmt: skip
 
 
-def rows_facts(lane: int, rows: Mapping[tuple[int, Range], int]) -> dict[str, Any]:
-    """For the ledger: rows of a group that were written, and their checksum in the file."""
-    return {
-        f"rows/{lane}/{group}/{part.start}": [group, part.start, part.stop, checksum]
-        for (group, part), checksum in rows.items()
-    }
+def _process(fields: Fields) -> Who:
+    return Who(
+        fields.text("host"),
+        fields.text("machine"),
+        fields.whole("pid"),
+        fields.whole("started"),
+        fields.number("since"),
+    )
 
 
-def read_rows(ledger: Ledger, lane: int, expected: int) -> list[tuple[int, Range, int]]:
-    """(group, rows, checksum) of every entry of a lane, of which there must be so many."""
-    found = ledger.facts(f"rows/{lane}/")
-    if len(found) != expected:
-        raise ledger.damaged(f"lane {lane} has {len(found)} entries of rows, and says {expected}")
-    try:
-        return [(int(g), Range(int(start), int(stop)), int(checksum)) for g, start, stop, checksum in found.values()]
-    except (TypeError, ValueError) as error:
-        raise ledger.damaged(f"rows of lane {lane} ({error!r})") from error
-
-
-def runner(ledger: Ledger, lane: int) -> str:
-    """Who has taken a lane last, for people."""
-    found = ledger.get(f"runner/{lane}")
-    return f"process {found.get('pid')} on {found.get('host')}" if isinstance(found, dict) else "another process"
+def _journals(fields: Fields) -> tuple[Extent, ...]:
+    listed: Mapping[str, Any] = fields.mapping("journals")
+    names = Fields({"names": list(listed.values())}, fields.path).wholes("names", 2)
+    for name in listed:
+        Fields({"journals": name}, fields.path).text("journals", ATTEMPT)
+    return tuple(Extent(name, size, checksum) for name, (size, checksum) in zip(listed, names, strict=True))

@@ -1,7 +1,13 @@
-"""What an unfinished job has committed, for those who only look: which rows have seen which keys, and their states."""
+"""What an unfinished job has committed, for those who only look: which rows have seen which keys, and their states.
+
+Nothing is written, and nobody is waited for. A checkpoint is a picture that is consistent by itself; where what it
+names is no longer there, its writer has gone on, and there is a newer one.
+"""
 
 from __future__ import annotations
 
+import errno
+import os
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing
 from dataclasses import dataclass
@@ -11,14 +17,21 @@ import numpy as np
 
 from ..block_statistics import BlockStatistics
 from ..engine.schedule import Position, Schedule
-from ..engine.statefile import StateFile
+from ..errors import ArgumentError
 from ..planner import Group, Plan
 from ..ranges import Range
-from .folder import JobFolder
-from .job import JobFact, read_fact
-from .ledger import Ledger
-from .record import LaneRecord, read_lane, read_rows
-from .states import open_lane_states
+from ..storage import OutputFile, Rows, copy_elements
+from ..wording import Call, Phrase
+from .attempt import newest
+from .claims import Observer
+from .ending import living, was_finished
+from .fact import JobFact
+from .folder import JobFolder, JobPaths, Picture
+from .job import require_job
+from .pages import Pages
+from .record import LaneRecord
+from .setup import OutputSpec
+from .states import open_states
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,56 +45,134 @@ class Place:
     finished: bool
 
 
+class SavedRows:
+    """A data set of the unfinished output as journals say it is: a source of tokens, as far as ``read`` goes."""
+
+    def __init__(self, output: OutputFile, rows: Rows, pages: Pages) -> None:
+        self._output, self._rows, self._pages = output, rows, pages
+        self.shape, self.dtype = rows.shape, rows.dtype
+
+    def read(self, batch: Range, heads: Range, tokens: Range, out: np.ndarray) -> None:
+        """Fill ``out`` with those rows, which must be finished."""
+        for run in self._rows.runs(batch, heads, tokens):
+            stored = np.empty((len(tokens), *self._rows.row_shape), self._rows.dtype)
+            flat = stored.reshape(-1).view(np.uint8)
+            self._output.file.read_into(flat, run.position)
+            self._pages.put(run.position, flat)
+            copy_elements(run.of(out), stored[:, run.pick])
+
+
 @dataclass(frozen=True, slots=True)
 class SavedLane:
     """A lane as it was committed last."""
 
-    lane: int
+    paths: JobPaths
     plan: Plan
+    record: LaneRecord
     places: tuple[Place, ...]
-    states: StateFile
 
     def state_of(self, place: Place, rows: np.ndarray) -> BlockStatistics:
-        """The saved state of some rows, (batch, heads, R)."""
+        """The saved state of some rows, (batch, heads, R). Raises StorageError where it is not that any more."""
         dtype, dim = np.dtype(self.plan.problem.compute_dtype), self.plan.problem.value_dim
         batches, heads, count = len(place.group.batch), len(place.group.heads), len(place.chunk)
         flat = np.empty(batches * heads * count * (dim + 2), dtype)
-        self.states.begin(place.group.index)
-        self.states.read(place.chunk, flat)
+        path = self.paths.states(self.record.lane, self.record.attempt)
+        with closing(open_states(path, self.plan, self.record.lane)) as states:
+            states.restore(self.record.versions)
+            states.begin(place.group.index)
+            states.read(place.chunk, flat)
         acc, rest = flat[: flat.size // (dim + 2) * dim], flat[flat.size // (dim + 2) * dim :]
         m, normalizer = rest.reshape(2, batches, heads, count)[..., rows - place.chunk.start]
         chosen = acc.reshape(batches, heads, count, dim)[:, :, rows - place.chunk.start]
         return BlockStatistics(chosen, m, normalizer)
 
 
-def read_saved(out: str, plan_of: Callable[[JobFact], Plan], stack: ExitStack) -> list[SavedLane]:
-    """The lanes of the unfinished job of ``out``; ``plan_of(fact)`` gives its plan. ``stack`` closes the files."""
-    folder = JobFolder(out)
-    folder.require()
-    with closing(Ledger(folder.ledger)) as ledger:
-        fact = read_fact(ledger)
-        plan = plan_of(fact)
-        return [_saved(ledger, folder, fact, plan, lane, stack) for lane in range(fact.lanes)]
+@dataclass(frozen=True, slots=True)
+class SavedJob:
+    """An unfinished job."""
+
+    folder: JobFolder
+    fact: JobFact
+    plan: Plan
+
+    @classmethod
+    def of(cls, out: str, plan_of: Callable[[JobFact], Plan]) -> SavedJob:
+        """That of ``out``; ``plan_of(fact)`` gives its plan. Raises as ``require_job`` does."""
+        folder = JobFolder(out)
+        fact = require_job(folder)
+        return cls(folder, fact, plan_of(fact))
+
+    @property
+    def paths(self) -> JobPaths:
+        return self.fact.paths(self.folder)
+
+    def lane(self, number: int, picture: Picture | None = None) -> SavedLane:
+        """That lane as it is now, or as a ``picture`` has it.
+
+        Raises FileNotFoundError where it has gone on meanwhile, or the job has ended.
+        """
+        record = newest(self.paths, self.plan, number, self.paths.look() if picture is None else picture)
+        places = (*_finished(self.plan, record), *_unfinished(self.plan, record, number))
+        return SavedLane(self.paths, self.plan, record, places)
+
+    def rows(self, record: LaneRecord, spec: OutputSpec) -> tuple[OutputFile, list[SavedRows]]:
+        """/out and /lse as far as a lane has written them; the file must be closed (``keep``)."""
+        output = OutputFile.reopen(
+            self.folder.out, shape=spec.shape, dtype=spec.dtype, layout=spec.layout, lse_dtype=spec.lse_dtype,
+            marks={"job": self.fact.mark}, part=self._output(), write=False,
+        )  # fmt: skip
+        with ExitStack() as undo:
+            undo.callback(output.keep)
+            pages = Pages(record.journals, self.paths.journal, output.place)
+            undo.pop_all()
+        return output, [SavedRows(output, rows, pages) for rows in output.data_sets]
+
+    def _output(self) -> str:
+        """The name of the output now. Raises FileNotFoundError where it has its own name already."""
+        for path in (self.paths.output, self.paths.finished):
+            if os.path.exists(path):
+                return path
+        raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), self.paths.output)
+
+    @property
+    def is_ending(self) -> bool:
+        """Whether the output is complete and about to have its name."""
+        return not os.path.exists(self.paths.output)
+
+    def require_unnamed(self) -> None:
+        """Raise ArgumentError where the output has its name, and only the folder of the job is still there."""
+        if self.is_ending and not os.path.exists(self.paths.finished) and was_finished(self.folder.out, self.fact):
+            finished = Phrase.of("It is finished: ", Call("verify"), " checks it.")
+            found = f"{self.folder.out}, of which no job is unfinished"
+            raise ArgumentError("path", found, "the output of an unfinished job", finished)
+
+    @property
+    def is_worked_on(self) -> bool:
+        """Whether a process may be working on it, as far as can be known at once."""
+        return any(living(self.folder, Observer(self.folder.path)))
 
 
-def _saved(ledger: Ledger, folder: JobFolder, fact: JobFact, plan: Plan, lane: int, stack: ExitStack) -> SavedLane:
-    with ledger.reading():
-        record = read_lane(ledger, lane)
-        finished = read_rows(ledger, lane, record.finished)
-    states = stack.enter_context(closing(open_lane_states(fact.directory(folder), fact.key, plan, lane)))
-    states.restore(record.versions)
-    everything = (Range(0, plan.problem.key_tokens),)
-    written = [Place(plan.groups[group], rows, rows, everything, finished=True) for group, rows, _ in finished]
-    return SavedLane(lane, plan, (*written, *_unfinished(plan, record, lane)), states)
+def _finished(plan: Plan, record: LaneRecord) -> Iterator[Place]:
+    """The rows of the tasks before the lane's position that these have finished; where lanes meet, none."""
+    if plan.lanes_meet:
+        return
+    everything, at = (Range(0, plan.problem.key_tokens),), record.position
+    order = Schedule.of(plan, record.lane)
+    for index in takewhile(lambda index: index <= at.group, order.own_groups()):
+        group, cover = plan.groups[index], order.cover_of(index)
+        for task in takewhile(lambda task: (index, task) < (at.group, at.task), order.tasks(index)):  # noqa: B023
+            for rows in cover.finished_by(task):
+                yield Place(group, rows, rows, everything, finished=True)
 
 
 def _unfinished(plan: Plan, record: LaneRecord, lane: int) -> Iterator[Place]:
     """The rows with a saved state, and what they have seen: from the order of the work, up to the lane's position."""
-    order = Schedule(plan.groups, plan.build_cover(), None, plan.lanes, lane)
-    for group in plan.groups:
-        saved = {start for number, start in record.versions if number == group.index}
-        if not saved:
-            continue
+    order = Schedule.of(plan, lane)
+    by_group: dict[int, set[int]] = {}
+    for number, start in record.versions:
+        by_group.setdefault(number, set()).add(start)
+    for number, saved in sorted(by_group.items()):
+        group = plan.groups[number]
         tiles = plan.cover_name == "rectangular"
         begin = Position(group.index, record.position.task if tiles else 0)
         seen: dict[Range, list[Range]] = {}

@@ -1,72 +1,131 @@
-"""The files of the states of a job's lanes."""
+"""The states of one attempt at a lane: a file that has only this writer."""
 
 from __future__ import annotations
 
+import errno
 import os
+import re
+import shutil
 from contextlib import suppress
 
-from ..engine.statefile import StateFile
+from ..engine.schedule import Schedule
+from ..engine.statefile import Places, StateFile, by_rows
 from ..errors import START_OVER, StorageError
 from ..planner import Plan
 from ..planner.memory import state_row_bytes
 from ..storage import RawFile, reserve
 from ..units import format_bytes
+from ..wording import Choice
+from .claims import claimed_by
+from .folder import ATTEMPT, STATES, JobPaths
+from .records import create_own
 
 
-def states_path(directory: str, key: str, lane: int) -> str:
-    """Where the states of a lane are kept."""
-    return os.path.join(directory, f"{key}-states-{lane}")
-
-
-def lane_lock(directory: str, key: str, lane: int) -> str:
-    """The file whose lock whoever computes a lane holds: beside its states, which a copied job folder may share."""
-    return f"{states_path(directory, key, lane)}.lock"
-
-
-def reserve_states(directory: str, key: str, plan: Plan) -> None:
-    """Make the files of all lanes with all of their disk blocks. Raises StorageError where there is no room."""
-    from ..storage.create import sync_directory  # h5py comes with it
-
-    size_bytes = _over(RawFile.of_descriptor(-1, ""), plan).size_bytes
+def require_room(directory: str, plan: Plan) -> None:
+    """Raise StorageError where the disk has no room for states: of all lanes that meet, else of one after the other."""
+    saved = plan.durability
+    needed = 0 if saved is None else saved.disk_bytes
     try:
-        for lane in range(plan.lanes):
-            descriptor = os.open(states_path(directory, key, lane), os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600)
-            try:
-                reserve(descriptor, 0, size_bytes)
-                os.fsync(descriptor)
-            finally:
-                os.close(descriptor)
-        sync_directory(states_path(directory, key, 0))
+        if shutil.disk_usage(directory).free < needed:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
     except OSError as error:
-        remove_states(directory, key, plan.lanes)
-        raise StorageError(
-            f"scratch: cannot reserve {format_bytes(plan.lanes * size_bytes)} for states in {directory}:"
-            f" {error.strerror}. Name a directory with that much room (--scratch, Options(scratch=...))."
-        ) from error
+        raise _no_room(os.path.join(directory, ""), needed, error) from error
 
 
-def open_lane_states(directory: str, key: str, plan: Plan, lane: int) -> StateFile:
-    """The states of a lane. Raises StorageError where the file is gone or cut short."""
-    path = states_path(directory, key, lane)
-    made = _over(RawFile(path, "states", write=True), plan)
-    if os.path.getsize(path) < made.size_bytes:
+def make_states(path: str, plan: Plan, lane: int) -> StateFile:
+    """The file, with all of its disk blocks. Raises StorageError where there is no room, and leaves nothing then."""
+    try:
+        descriptor = create_own(path)
+    except OSError as error:
+        raise _no_room(path, 0, error) from error
+    made = _over(RawFile.of_descriptor(descriptor, "states"), plan, lane)
+    try:
+        reserve(descriptor, 0, made.size_bytes)
+    except OSError as error:
         made.close()
-        raise StorageError(f"{path} is shorter than what was reserved: the file is damaged. {START_OVER}")
+        os.remove(path)
+        raise _no_room(path, made.size_bytes, error) from error
     return made
 
 
-def remove_states(directory: str, key: str, lanes: int) -> None:
-    """Remove the files of all lanes."""
-    for lane in range(lanes):
-        for path in (states_path(directory, key, lane), lane_lock(directory, key, lane)):
-            with suppress(FileNotFoundError):
-                os.remove(path)
+def open_states(path: str, plan: Plan, lane: int, *, write: bool = False) -> StateFile:
+    """The states of an attempt. Raises StorageError where the file is gone or cut short."""
+    file = RawFile(path, "states", write=write)
+    made = _over(file, plan, lane)
+    if os.fstat(file.descriptor).st_size < made.size_bytes:
+        made.close()
+        raise StorageError(f"{path} is shorter than what was reserved: the file is damaged. ", START_OVER)
+    return made
 
 
-def _over(file: RawFile, plan: Plan) -> StateFile:
+def remove_states(directory: str, key: str) -> None:
+    """Remove the files of all attempts of a job."""
+    own = re.compile(key + STATES)
+    with suppress(FileNotFoundError, NotADirectoryError):
+        for name in os.listdir(directory):
+            if own.fullmatch(name):
+                with suppress(FileNotFoundError):
+                    os.remove(os.path.join(directory, name))
+
+
+def attempts_with_states(paths: JobPaths, lane: int) -> list[str]:
+    """The attempts at a lane that have files of states."""
+    own = re.compile(rf"{paths.key}-{lane}-({ATTEMPT})\.states")
+    return [found[1] for name in os.listdir(paths.scratch) if (found := own.fullmatch(name))]
+
+
+def attempts_over(paths: JobPaths, lane: int) -> frozenset[str]:
+    """Those whose states nobody writes any more: they were closed, or their process is dead for certain."""
+
+    def is_over(attempt: str) -> bool:
+        if os.path.exists(f"{paths.states(lane, attempt)}.over"):
+            return True
+        who = claimed_by(paths.directory, f"lane-{lane}", int(attempt.partition("-")[0]))
+        return who is not None and who.is_dead
+
+    return frozenset(filter(is_over, attempts_with_states(paths, lane)))
+
+
+def remove_states_of(paths: JobPaths, lane: int, attempt: str) -> None:
+    """Remove the states of one attempt, and what was said of them."""
+    path = paths.states(lane, attempt)
+    for name in (path, f"{path}.heir", f"{path}.over"):
+        with suppress(FileNotFoundError):
+            os.remove(name)
+
+
+def _over(file: RawFile, plan: Plan, lane: int) -> StateFile:
     chosen, problem = plan.chosen, plan.problem
     row_bytes = chosen.batches * chosen.heads * state_row_bytes(problem)
     if plan.cover_name == "rectangular":
-        return StateFile(file, chosen.residency.query_chunk, row_bytes, one_at_a_time=True)
-    regions = len(plan.groups) if plan.lanes_meet else 1
-    return StateFile(file, problem.query_tokens, row_bytes, regions=regions)
+        return StateFile(file, chosen.residency.query_chunk, row_bytes, lambda group, start: 0)
+    if not plan.lanes_meet:
+        return StateFile(file, problem.query_tokens, row_bytes, by_rows)
+    rows, place = _touched(plan, lane)
+    return StateFile(file, rows, row_bytes, place, all_groups=True)
+
+
+def _touched(plan: Plan, lane: int) -> tuple[int, Places]:
+    """The rows of all query chunks that a lane touches, group by group, and where each has its place among them."""
+    places: dict[tuple[int, int], int] = {}
+    rows = 0
+    for work in Schedule.of(plan, lane).works():
+        if work.step is not None and (key := (work.group.index, work.step.queries.start)) not in places:
+            places[key] = rows
+            rows += len(work.step.queries)
+
+    def place(group: int, start: int) -> int:
+        if (group, start) not in places:
+            raise StorageError(
+                f"the checkpoint of lane {lane} has states that are not this lane's: it is damaged. ", START_OVER
+            )
+        return places[group, start]
+
+    return rows, place
+
+
+def _no_room(path: str, size_bytes: int, error: OSError) -> StorageError:
+    return StorageError(
+        f"scratch: cannot reserve {format_bytes(size_bytes)} for states in {os.path.dirname(path)}: {error.strerror}."
+        " Name a directory with that much room: ", Choice("scratch", ..., rare=True), ".",
+    )  # fmt: skip

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from ..cover import set_size
 from ..units import format_bytes, format_seconds
 from .candidates import Candidate
 from .cost import Rates
 from .memory import state_row_bytes
 from .problem import Problem
 
+MOST_LANES = 1 << 16
 # Of the run time; a commit of nothing but its record takes some milliseconds.
 SHARE = 0.03
 LEAST_INTERVAL_S = 0.5
@@ -19,7 +21,10 @@ LEAST_INTERVAL_S = 0.5
 class Durability:
     """How a job is saved: ``lanes`` may run by themselves, each is saved every ``interval_s`` seconds.
 
-    A commit writes at most ``checkpoint_bytes`` of states; all that are kept take ``disk_bytes`` beside the output.
+    There are no more lanes than have something to do.
+
+    A commit writes at most ``checkpoint_bytes`` of states; all that are kept take ``disk_bytes`` at most beside the
+    output.
     """
 
     lanes: int
@@ -54,9 +59,13 @@ def durability(problem: Problem, chosen: Candidate, rates: Rates, lanes: int, in
     heads, row_bytes = chosen.batches * chosen.heads, state_row_bytes(problem)
     tiles = chosen.cover == "rectangular"
     rows = chosen.residency.query_chunk if tiles else problem.query_tokens
-    meet = lanes > 1 and not tiles and chosen.query_parts > 1
-    groups = problem.batch * problem.heads // heads if meet else 1
-    disk = 2 * lanes * groups * heads * rows * row_bytes
+    groups = -(-problem.batch // chosen.batches) * -(-problem.heads // chosen.heads)
+    lanes = min(lanes, chosen.query_parts + groups - 1)  # task t of group g is lane (g + t) mod lanes
+    if lanes > 1 and not tiles and chosen.query_parts > 1:  # they meet: each keeps what it touches of every group
+        tasks = -(-chosen.query_parts // lanes)
+        touched = min(chosen.query_parts, tasks * set_size(chosen.query_parts)) * chosen.residency.query_chunk
+        rows = lanes * groups * min(rows, touched)
+    disk = 2 * heads * rows * row_bytes
     if interval_s is None:
         interval_s = least_interval_s(problem, chosen, rates)
     return Durability(lanes, interval_s, saved_bytes(problem, chosen), disk, chosen.part_s)

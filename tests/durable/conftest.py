@@ -25,8 +25,9 @@ def _compiled() -> None:
 def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """An empty working directory."""
     monkeypatch.chdir(tmp_path)
+    before = {name for name in os.listdir("/proc/self/fd") if _deleted(name)}  # of other tests
     yield tmp_path
-    assert not [name for name in os.listdir("/proc/self/fd") if _deleted(name)]
+    assert not {name for name in os.listdir("/proc/self/fd") if _deleted(name)} - before
 
 
 @pytest.fixture

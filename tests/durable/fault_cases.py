@@ -3,11 +3,18 @@
 from __future__ import annotations
 
 import os
+from glob import glob
 
 from durable_cases import CASES, command, digest, log, run
 
 CASE, TILES = CASES[0], CASES[2]
-LEDGER = "out.h5.job/ledger.sqlite"
+RECORD = "out.h5.job/job"
+
+
+def in_job(name: str) -> str:
+    """The only file of that pattern in the directory of the job."""
+    (found,) = glob(f"out.h5.job/*/{name}")
+    return found
 
 
 def broken(usual, *arguments):

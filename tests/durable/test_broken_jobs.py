@@ -6,14 +6,14 @@ import os
 import re
 import shutil
 import signal
-import sqlite3
 import time
+import zlib
 from glob import glob
 from pathlib import Path
 
 import numpy as np
 import pytest
-from campaign import flipped_ledgers
+from campaign import flipped_records
 from durable_cases import (
     KilledAtCommit,
     command,
@@ -22,72 +22,86 @@ from durable_cases import (
     log,
     make,
     run,
+    run_and_read,
     slow,
     start,
     stuck,
     unbroken,
     wait,
 )
-from fault_cases import CASE, LEDGER, TILES, goes_on, refused
+from fault_cases import CASE, RECORD, TILES, goes_on, in_job, refused
 
 import cqsa_arrays as cqsa
 from cqsa_arrays import Options, StorageError
 from cqsa_arrays.durable import checkpoint
-from cqsa_arrays.durable.ledger import Ledger
+from cqsa_arrays.durable.attempt import Attempt
+from cqsa_arrays.durable.records import read_record, write_record
 
 # ---- the record and the states
 
 
-def test_a_ledger_that_another_program_locks(begun) -> None:
-    holder = sqlite3.connect(LEDGER, isolation_level=None)
-    holder.execute("BEGIN EXCLUSIVE")
-
-    def impatient() -> None:
-        from cqsa_arrays.durable import ledger
-
-        ledger.PATIENCE_S = 0.2
-
-    assert run(command(CASE), impatient) == 2
-    assert "locked by another program" in log()
-    holder.close()
-    goes_on(begun)
+def rewrite(path: str, change) -> None:
+    """A record with other facts, and the right checksum."""
+    facts = dict(read_record(path).found)
+    change(facts)
+    os.remove(path)  # the record of the job has two names
+    write_record(path, facts)
 
 
-@pytest.mark.parametrize("what", ["cut", "garbage", "empty", "another format", "another version", "no job", "no lane"])
-def test_a_ledger_that_is_no_good_any_more(begun, what) -> None:
+@pytest.mark.parametrize("what", ["cut", "garbage", "empty", "another format", "another version", "no key"])
+def test_a_record_that_is_no_good_any_more(begun, what) -> None:
     says = "damaged"
     if what in ("cut", "garbage", "empty"):
-        data = Path(LEDGER).read_bytes()
-        Path(LEDGER).write_bytes({"cut": data[:5000], "garbage": b"x" * len(data), "empty": b""}[what])
-        says = "damaged" if what != "empty" else "a record of format 0"
+        data = Path(RECORD).read_bytes()
+        Path(RECORD).write_bytes({"cut": data[:500], "garbage": b"x" * len(data), "empty": b""}[what])
     elif what == "another format":
-        with sqlite3.connect(LEDGER) as connection:
-            connection.execute("PRAGMA user_version = 7")
-        connection.close()
-        says = "a record of format 7; this version reads 1"
+        text = Path(RECORD).read_bytes().split(b"\n")[0].replace(b'"format":2', b'"format":7')
+        Path(RECORD).write_bytes(b"%b\n%08x\n" % (text, zlib.crc32(text)))
+        says = "a record of format 7; this version reads 2"
+    elif what == "another version":
+        rewrite(RECORD, lambda facts: facts.update(package="9.9"))
+        says = "an unfinished job of cqsa_arrays 9.9"
     else:
-        with Ledger(LEDGER) as ledger:
-            if what == "another version":
-                ledger.commit({"job": {**ledger.get("job"), "package": "9.9"}})
-                says = "an unfinished job of cqsa_arrays 9.9"
-            elif what == "no job":
-                ledger.commit({}, drop=["job"])
-            else:
-                states = next(iter(ledger.facts("states/0/")))
-                ledger.commit({}, drop=[states])
+        rewrite(RECORD, lambda facts: facts.pop("key"))
     refused(says)
     assert run([*command(CASE), "--restart"]) == 0, log()
     assert digest() == begun
 
 
-def test_every_flipped_byte_of_a_ledger_is_noticed_or_does_no_harm(here) -> None:
-    done = flipped_ledgers(40, 0, here)
+@pytest.mark.parametrize("what", ["cut", "garbage", "empty", "no states", "no attempt", "another place"])
+def test_a_checkpoint_that_is_no_good_any_more(begun, what) -> None:
+    path = in_job("lane-0.*.*")
+    if what in ("cut", "garbage", "empty"):
+        data = Path(path).read_bytes()
+        Path(path).write_bytes({"cut": data[:200], "garbage": b"x" * len(data), "empty": b""}[what])
+    elif what == "another place":
+        rewrite(path, lambda facts: facts.update(position=[[0, 1 << 40, 3, 1]]))
+    else:
+        rewrite(path, lambda facts: facts.pop(what.removeprefix("no ")))
+    refused("damaged")
+    assert run([*command(CASE), "--restart"]) == 0, log()
+    assert digest() == begun
+
+
+def test_every_flipped_byte_of_a_record_is_noticed_or_does_no_harm(here) -> None:
+    done = flipped_records(40, 0, here)
     assert done["wrong"] == 0
-    assert 0 < int(re.search(r"(\d+) times noticed", done["what"])[1]) < 40
+    assert 0 < int(re.search(r"(\d+) times noticed", done["what"])[1]) <= 40
+
+
+def test_a_job_of_an_older_version_is_refused_by_name(here) -> None:
+    make(CASE)
+    os.mkdir("out.h5.job")
+    for name in ("out.h5.job/ledger.sqlite", "out.h5.job/0a1b-states-0", "out.h5.part"):
+        Path(name).write_text("of another form")
+    for argv in (command(CASE), ["resume", "out.h5"], ["status", "out.h5"], ["verify", "out.h5", "--partial"]):
+        refused("a job that an older version of cqsa_arrays began", *argv)
+    assert run([*command(CASE), "--restart"]) == 0, log()
+    assert sorted(os.listdir()) == ["out.h5", "qkv.h5"]
 
 
 def test_states_that_are_damaged(begun) -> None:
-    path = next(Path("out.h5.job").glob("*-states-0"))
+    path = Path(in_job("*.states"))
     path.write_bytes(bytes(len(path.read_bytes())))
     refused("is not what was committed: the file is damaged. Start the job over with --restart")
     assert run([*command(CASE), "--restart"]) == 0, log()
@@ -95,7 +109,7 @@ def test_states_that_are_damaged(begun) -> None:
 
 
 def test_states_that_are_cut_short_or_gone(begun) -> None:
-    path = next(Path("out.h5.job").glob("*-states-0"))
+    path = Path(in_job("*.states"))
     os.truncate(path, 100)
     refused("is shorter than what was reserved")
     path.unlink()
@@ -116,13 +130,15 @@ def test_finished_rows_that_are_damaged(here) -> None:
 
 @pytest.mark.parametrize("what", ["gone", "another", "cut"])
 def test_an_unfinished_output_that_is_gone_or_another(begun, what) -> None:
+    path = in_job("output")
     if what == "gone":
-        os.remove("out.h5.part")
+        os.remove(path)
     elif what == "another":
-        shutil.copy("qkv.h5", "out.h5.part")
+        os.remove(path)
+        shutil.copy("qkv.h5", path)
     else:
-        os.truncate("out.h5.part", 20_000)
-    refused("out.h5.part")
+        os.truncate(path, 20_000)
+    refused("output")
     assert run([*command(CASE), "--restart"]) == 0, log()
 
 
@@ -143,20 +159,19 @@ def test_two_processes_on_one_lane(here) -> None:
 
     first = start(command(CASE), stuck)
     try:
-        while not glob("out.h5.job/*-states-0.lock"):
+        while not glob("out.h5.job/*/lane-0.claim-1"):
             time.sleep(0.01)
         time.sleep(0.1)  # until it is taken
-        assert run(command(CASE)) == 3
-        assert f"lane 0 is computed by process {first} on" in log()
-        assert run([*command(CASE), "--restart"]) == 3
-        assert "stop that first" in log()
+        said = run_and_read(command(CASE))
+        assert f"lane 0 is computed by process {first} on" in said
+        refused("restart: found True for out.h5, which process", *command(CASE), "--restart")
     finally:
         os.kill(first, signal.SIGKILL)
         wait(first)
-    goes_on(expected)  # the lock of a dead process is none
+    goes_on(expected)  # the claim of a dead process is none
 
 
-def test_a_process_that_was_killed_leaves_no_lock(begun) -> None:
+def test_a_process_that_was_killed_leaves_nothing_in_the_way(begun) -> None:
     for _ in range(3):
         kill_after(start(command(CASE)), 0.03)
     assert os.path.exists("out.h5") or run(command(CASE)) == 0, log()
@@ -210,15 +225,15 @@ def test_a_commit_that_nobody_knows_of_leaves_the_slots_alone(here) -> None:
     def reported() -> None:
         slow()
         checkpoint.SHARE = 1e9  # as often as there is time
-        usual, calls = Ledger.commit, []
+        usual, calls = Attempt.commit, []
 
-        def commit(self, facts, drop=()):
-            usual(self, facts, drop)
+        def commit(self, record, **named):
+            usual(self, record, **named)
             calls.append(1)
-            if len(calls) == 4:
+            if len(calls) == 3:
                 raise StorageError("the folder could not be synced")
 
-        Ledger.commit = commit
+        Attempt.commit = commit
 
     assert run(argv, reported) == 2
     assert "could not be synced" in log()

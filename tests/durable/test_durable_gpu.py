@@ -90,14 +90,14 @@ def durable(options: Options, **changes) -> Options:
     return replace(options, durable=True, checkpoint_s=0.0, **changes)
 
 
-class StopAt:
+class StopAt(Stop):
     """Stops a run at the ``at``-th place."""
 
     def __init__(self, at: int) -> None:
+        super().__init__()
         self._left = at
 
-    @property
-    def reason(self) -> str | None:
+    def reason_within(self, ahead_s: float) -> str | None:
         self._left -= 1
         return None if self._left >= 0 else "enough"
 
@@ -156,7 +156,7 @@ def test_an_error_of_the_device_stops_it_and_it_goes_on(gpu, call, monkeypatch) 
             assert data() == expected
             os.remove("out.h5")
             continue
-        with pytest.raises(cqsa.ArgumentError, match=r"device: found cpu; expected cuda:0.* --device cpu"):
+        with pytest.raises(cqsa.ArgumentError, match=r"device: found cpu; expected cuda:0.*device='cpu'"):
             run({**common, "device": "cpu", "memory": None}, durable(options))
         request = resumed("out.h5", device="cpu", memory=None, options=Options())
         with prepared(request) as job:

@@ -86,7 +86,7 @@ def test_asked_to_stop_a_job_commits_and_goes_on(here, number, code) -> None:
     expected = unbroken(case)
     for stops in range(1, 4):
         process = start(command(case), slow)
-        while not glob("out.h5.job/*-states-0.lock"):
+        while not glob(f"out.h5.job/*/lane-0.claim-{stops}"):
             time.sleep(0.01)
         time.sleep(0.2)
         os.kill(process, number)

@@ -13,9 +13,10 @@ from durable_cases import CASES, Case, _spec, command, digest, kill_after, log, 
 import cqsa_arrays as cqsa
 from cqsa_arrays import Options
 from cqsa_arrays.cover import CqsCover, RectangularCover
+from cqsa_arrays.engine.pace import parts
 from cqsa_arrays.engine.schedule import BEGIN, Position, Schedule
 from cqsa_arrays.masks import Causal, Full
-from cqsa_arrays.planner import Group
+from cqsa_arrays.planner.groups import Group, Groups
 from cqsa_arrays.ranges import Cut, Range
 from cqsa_arrays.resumable import resumed
 
@@ -35,13 +36,18 @@ def test_lanes_share_the_work_and_any_place_of_it_is_a_beginning(cover, lanes, p
     """Each piece of every step comes once, in the plan's order within a lane, from wherever a run begins."""
     found = []
     for lane in range(lanes):
-        order = Schedule(GROUPS, cover, part, lanes, lane)
-        works = list(order.works())
+        order = Schedule(GROUPS, cover, lanes, lane)
+
+        def cut(start=BEGIN, order=order) -> list:
+            whole = ((work, None) for work in order.works(start))
+            return [work for work, _ in parts(whole, lambda work: part or len(work.rows))]
+
+        works = cut()
         assert [work.position for work in works] == sorted(work.position for work in works)
         assert all(work.position < order.end for work in works)
         for i in {0, len(works) // 3, len(works) - 1} if works else ():
-            assert list(order.works(works[i].position)) == works[i:]
-        assert list(order.works(order.end)) == []
+            assert cut(works[i].position) == works[i:]
+        assert cut(order.end) == []
         found += works
     whole = list(Schedule(GROUPS, cover).works())
 
@@ -59,8 +65,42 @@ def test_lanes_share_the_work_and_any_place_of_it_is_a_beginning(cover, lanes, p
 @pytest.mark.parametrize("cover", COVERS.values(), ids=COVERS)
 def test_lanes_have_equal_numbers_of_tasks(cover, lanes) -> None:
     """Groups of a single task are shared as well."""
-    ends = [sum(w.ends_task is not None for w in Schedule(GROUPS, cover, None, lanes, i).works()) for i in range(lanes)]
+    ends = [sum(w.ends_task is not None for w in Schedule(GROUPS, cover, lanes, i).works()) for i in range(lanes)]
     assert max(ends) - min(ends) <= (1 if cover.task_count == 1 else len(GROUPS))
+
+
+@pytest.mark.parametrize("lanes", [1, 3, 8, 64, 200])
+@pytest.mark.parametrize("edges", [None, (COVERS["tiles"], COVERS["cqs"])], ids=["one cover", "edges of their own"])
+def test_many_groups_are_shared_as_few_are(lanes, edges) -> None:
+    groups = Groups(3, 1, 40, 1)
+    whole = {(w.position, w.ends_task) for w in Schedule(groups, COVERS["one"], edges=edges).works()}
+    found = [list(Schedule(groups, COVERS["one"], lanes, lane, edges).works()) for lane in range(lanes)]
+    assert sorted((w.position, w.ends_task) for works in found for w in works) == sorted(whole)
+    for works in found:
+        assert [w.position for w in works] == sorted(w.position for w in works)
+        ends = [w.group.index for w in works if w.ends_group]
+        assert ends == sorted({w.group.index for w in works})
+
+
+def test_what_a_lane_has_to_do_is_found_without_a_look_at_every_group(monkeypatch) -> None:
+    """Else ten thousand lanes of as many groups would take hours."""
+    looked, usual = [], Schedule.tasks
+    monkeypatch.setattr(Schedule, "tasks", lambda order, group: looked.append(group) or usual(order, group))
+    works = list(Schedule(Groups(1, 1, 10**9, 1), COVERS["one"], 10**8, 7).works())
+    assert [work.group.index for work in works] == looked == [7 + 10**8 * i for i in range(10)]
+
+
+@pytest.mark.parametrize("sizes", [(1, 1, 1, 1), (3, 2, 5, 2), (4, 4, 7, 3), (2, 1, 6, 6)])
+def test_groups_of_heads_cover_all_of_them_in_order(sizes) -> None:
+    groups = Groups(*sizes)
+    heads = [
+        (b, h) for g in groups for b in range(g.batch.start, g.batch.stop) for h in range(g.heads.start, g.heads.stop)
+    ]
+    assert sorted(heads) == [(b, h) for b in range(sizes[0]) for h in range(sizes[2])]
+    assert [group.index for group in groups] == list(range(len(groups)))
+    assert groups[1:3] == tuple(groups)[1:3]
+    with pytest.raises(IndexError):
+        groups[len(groups)]
 
 
 def test_a_run_begins_at_the_beginning() -> None:
@@ -99,9 +139,9 @@ def test_two_processes_of_one_job(here, case) -> None:
     expected = unbroken(case)
     for _ in range(3):
         codes = [wait(process) for process in [start(command(case)) for _ in range(2)]]
-        # Done; or the other one computes what is left; or it was done before this one began.
-        assert set(codes) <= {0, 2, 3}, log()
-        assert 0 in codes or run(command(case)) == 0, log()
+        # Done, or the other one computes what is left; or it was done before this one began.
+        assert set(codes) <= {0, 2}, log()
+        assert os.path.exists("out.h5") or run(command(case)) == 0, log()
         assert digest() == expected
         os.remove("out.h5")
         assert sorted(set(os.listdir()) - {"run.log"}) == ["qkv.h5"]
@@ -152,7 +192,7 @@ def test_a_durable_call_on_arrays_in_memory(here) -> None:
     with pytest.raises(cqsa.JobStopped, match="the time is over"):
         cqsa.attention(q, k, v, **call, options=Options(chunks=7, durable=True, max_time_s=0.0))
     assert os.path.isdir("out.h5.job")
-    with pytest.raises(cqsa.StorageError, match=r"v: not the input .*different: sample"):
+    with pytest.raises(cqsa.StorageError, match=r"v: the array is not the input .*different: sample.*Pass that again"):
         cqsa.attention(q, k, v + 1, **call, options=Options(chunks=7, durable=True))
     with pytest.raises(cqsa.ArgumentError, match="a job of arrays in memory"):
         resumed("out.h5", device=None, memory=None, options=Options())
