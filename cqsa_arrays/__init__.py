@@ -9,9 +9,9 @@ Everything is imported when it is first used: ``import cqsa_arrays`` loads neith
 
 from __future__ import annotations
 
-from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from .forks import preload as _preload
 from .version import __version__
 
 if TYPE_CHECKING:
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from .block_statistics import BlockStatistics, merge
     from .comparison import ErrorReport, Tolerance, compare
     from .errors import ArgumentError, BudgetError, CqsaError, DeviceError, JobBusyError, JobStopped, StorageError
+    from .jobs import resume, status
     from .options import Options
     from .planner import Plan
     from .verification import verify
@@ -36,6 +37,7 @@ _HOMES = {
         "JobStopped",
         "StorageError",
     ),
+    "jobs": ("resume", "status"),
     "options": ("Options",),
     "planner": ("Plan",),
     "block_statistics": ("BlockStatistics", "merge"),
@@ -46,15 +48,15 @@ _HOME_OF = {name: module for module, names in _HOMES.items() for name in names}
 __all__ = [
     "ArgumentError", "BlockStatistics", "BudgetError", "CqsaError", "DeviceError", "ErrorReport", "JobBusyError",
     "JobStopped", "Options", "Plan", "StorageError", "Tolerance", "__version__", "attention", "causal", "compare",
-    "merge", "open", "plan", "statistics", "verify",
+    "merge", "open", "plan", "resume", "statistics", "status", "verify",
 ]  # fmt: skip
 
 
 def __getattr__(name: str) -> Any:
     if name not in _HOME_OF:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(f".{_HOME_OF[name]}", __name__), name)
+    return getattr(_preload(f"{__name__}.{_HOME_OF[name]}"), name)
 
 
 def __dir__() -> list[str]:
-    return sorted([*globals(), *_HOME_OF])
+    return sorted(__all__)

@@ -29,7 +29,7 @@ def causal(offset: int = 0) -> Causal:
     """
     if isinstance(offset, Integral) and not isinstance(offset, bool) and abs(int(offset)) <= UNBOUNDED_DIAGONAL:
         return Causal(int(offset))
-    remedy = "Use causal(offset=Nk - Nq) for bottom-right."
+    remedy = "0 is top-left, Nk - Nq is bottom-right."
     raise ArgumentError("offset", repr(offset), "a whole number from -2**62 to 2**62", remedy)
 
 
@@ -52,21 +52,23 @@ def attention(
 
     ``q`` is (batch, heads, Nq, D), ``k`` (batch, heads, Nk, D) and ``v`` (batch, heads, Nk, Dv) in ``layout`` "bhnd";
     or "bnhd", "hnd", "nhd" or "nd". All are float16, bfloat16, float32 or float64; the arithmetic is float64 for
-    float64 and float32 for the others. Arrays may be NumPy, np.memmap, h5py data sets, ``cqsa.open`` arrays, anything
-    with DLPack on the CPU, or the text "file.h5:/q".
+    float64 and float32 for the others. Arrays may be NumPy, CuPy, np.memmap, h5py data sets, ``cqsa.open`` arrays,
+    those of any library with DLPack (PyTorch, JAX), or the text "file.h5:/q".
 
     ``scale`` is 1 / sqrt(D) by default. ``causal=True`` lets query i see the keys j <= i, and
     ``mask=cqsa.causal(offset=...)`` moves that diagonal. ``memory`` (bytes, or text such as "512MiB"; by default half
     of the machine's) bounds what the call adds to the resident memory of the process, besides the libraries and kernels
     that the first call loads and an ``out`` array of yours. ``dtype`` is the result's element type, by default q's.
 
-    Returns (batch, heads, Nq, Dv) in q's layout: an array of q's kind, or ``out`` itself where that is a NumPy array,
-    or the data set /out of a new HDF5 file where ``out`` is a path (/lse beside it is the natural log-sum-exp). A row
-    that sees no key is 0 with log-sum-exp -inf; a NaN reaches exactly the rows that see it; a +inf score makes its row
-    NaN. Weights below 2^-100 of a row's largest (2^-960 in float64) count as 0.
+    Returns (batch, heads, Nq, Dv) in q's layout: an array of q's kind, which is one of q's own library for DLPack and a
+    NumPy array for a q in a file; or ``out`` itself where that is an array; or the data set /out of a new HDF5 file
+    where ``out`` is a path (/lse beside it is the natural log-sum-exp). A row that sees no key is 0 with log-sum-exp
+    -inf; a NaN reaches exactly the rows that see it; a +inf score makes its row NaN. Weights below 2^-100 of a row's
+    largest (2^-960 in float64) count as 0.
 
-    Raises ArgumentError for arguments that cannot be used, BudgetError where ``memory`` is too small for the smallest
-    piece of the work, StorageError for files that cannot be read or written; an output file is then not left behind.
+    Raises ArgumentError for arguments that cannot be used (such as a ``dtype`` that q's library does not have),
+    BudgetError where ``memory`` is too small for the smallest piece of the work, StorageError for files that cannot be
+    read or written; an output file is then not left behind.
 
     Method: CQS Divide of Stream-CQSA (Bian and Akey, arXiv 2604.20819) or a rectangular tiling; ``plan`` shows which.
 
@@ -101,7 +103,9 @@ def plan(
 ) -> Plan:
     """What ``attention`` with the same arguments would do: a dry run that reads no data.
 
-    Returns a Plan; ``print`` shows it as a table, ``to_json()`` gives it as JSON. Raises as ``attention`` does.
+    ``device`` may also be a model that this machine lacks, such as "cuda:h200"; "cuda" on a machine without a GPU plans
+    for an H100. Returns a Plan; ``print`` shows it as a table, ``to_json()`` gives it as JSON. Raises as ``attention``
+    does.
 
     >>> import numpy as np, cqsa_arrays as cqsa
     >>> x = np.zeros((2, 1000, 16), "float32")
@@ -110,7 +114,7 @@ def plan(
     """
     request = Request(
         q=q, k=k, v=v, causal=causal, mask=mask, scale=scale, layout=layout, memory=memory, device=device, dtype=dtype,
-        out=out, options=options,
+        out=out, options=options, dry_run=True,
     )  # fmt: skip
     with prepared(request) as job:
         return job.plan
@@ -157,10 +161,18 @@ def open(
     locking: bool | str | None = None,
     follow_links: bool = False,
 ) -> OpenedFile:
-    """The data sets /q, /k and /v of an HDF5 file as ``.q``, ``.k`` and ``.v``: memory-mapped where contiguous.
+    """The data sets of an HDF5 file by their names, ``.q``, ``.k`` and ``.v``: memory-mapped where contiguous.
 
-    ``layout`` overrides the data sets' attribute. ``locking=False`` opens files on disks that have no locks. External
-    links are followed to files in the folder of ``path`` or below, with ``follow_links=True`` to any. Raises
-    ArgumentError for a path without such data sets, StorageError for a file that cannot be read.
+    ``layout`` overrides the data sets' attribute, and must be given for arrays of MATLAB, whose axes are stored in
+    reverse order. ``locking=False`` opens files on disks that have no locks. External links are followed to files in
+    the folder of ``path`` or below, with ``follow_links=True`` to any. A name that the file does not have is an
+    AttributeError that lists what is there. Warns of filters that are not installed. Raises ArgumentError where /q, /k
+    or /v is there and cannot be an input of attention, and for attributes by which netCDF scales values or marks
+    missing ones; StorageError for a file that cannot be read.
+
+    >>> cqsa.open("qkv.h5").k.shape                                   # doctest: +SKIP
+    (1, 4, 100000, 64)
+    >>> cqsa.open("out.h5").lse.shape                                 # doctest: +SKIP
+    (1, 4, 100000)
     """
     return open_file(path, layout=layout, locking=locking, follow_links=follow_links)

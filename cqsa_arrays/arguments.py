@@ -4,33 +4,51 @@ from __future__ import annotations
 
 import math
 import os
-import tempfile
 from collections.abc import Iterable
 from numbers import Integral, Number, Real
 from typing import Any
 
 import numpy as np
 
-from .devices import Gpu, resolve_device
+from .devices import Gpu, planned_device, resolve_device
 from .engine import Inputs
 from .errors import ArgumentError
+from .limits import machine_bytes, room_bytes
 from .masks import Causal, Full, Mask
 from .options import Options
-from .planner import COVERS, Budget, Machine, Operand, Problem, Rates, Result
-from .storage import LAYOUTS, DeviceSource, HostSource, Layout, TokenSource, as_source, dataset
+from .planner import COVERS, MOST_LANES, Budget, Machine, Operand, Problem, Rates, Result
+from .storage import (
+    LAYOUTS,
+    DeviceSource,
+    HostSource,
+    Layout,
+    TokenSource,
+    as_source,
+    check_locking,
+    dataset,
+    overlaps_itself,
+    refuse_mask,
+)
 from .units import format_bytes, parse_bytes, parse_seconds
+from .wording import Choice, Phrase
 
 FLOATS = ("float16", "bfloat16", "float32", "float64")
 MAX_HEAD_DIM = 1024
 MAX_THREADS = 1 << 16
 # Share of the machine's memory that is used where no budget is given: the same call gives the same plan on one machine.
 DEFAULT_SHARE = 0.5
+# A product of a query and a key of this size times the scale must be a number still: 1024 elements of 2048 each.
+MODERATE_SCORE = 2.0**32
+_USUAL_SCALE = "Leave it out for 1 / sqrt(head_dim)."
 
 
-def open_source(array: object, argument: str, layout: str | None, *, follow_links: bool = False) -> TokenSource:
+def open_source(array: object, argument: str, layout: str | None, options: Options) -> TokenSource:
     """The source of one input; a text or path names a data set, "file.h5:/q". Raises ArgumentError, StorageError."""
     if isinstance(array, (str, os.PathLike)):
-        array = dataset(os.fspath(array), layout=layout, argument=argument, follow_links=follow_links)
+        array = dataset(
+            os.fspath(array), layout=layout, argument=argument, locking=options.locking,
+            follow_links=options.follow_links,
+        )  # fmt: skip
     return as_source(array, argument, layout)
 
 
@@ -63,8 +81,10 @@ def _check_shapes(inputs: Inputs) -> None:
             if shapes[name][i] != shapes[other][i]:
                 raise ArgumentError(
                     name, f"{shapes[name][i]} {axes[i]}", f"{shapes[other][i]} {axes[i]}, as {other} has",
-                    "Shapes are q (batch, heads, Nq, D), k (batch, heads, Nk, D), v (batch, heads, Nk, Dv);"
-                    " a wrong layout= also leads here.",
+                    Phrase.of(
+                        "Shapes are q (batch, heads, Nq, D), k (batch, heads, Nk, D), v (batch, heads, Nk, Dv);"
+                        " a wrong ", Choice("layout"), " also leads here.",
+                    ),
                 )  # fmt: skip
 
 
@@ -72,7 +92,7 @@ def _check_types(inputs: Inputs) -> None:
     names = [source.dtype.name for source in (inputs.q, inputs.k, inputs.v)]
     if len(set(names)) > 1:
         found = f"q {names[0]}, k {names[1]}, v {names[2]}"
-        raise ArgumentError("q, k, v", found, "one dtype", "Convert on purpose, for example k.astype(q.dtype).")
+        raise ArgumentError("q, k, v", found, "one dtype", "Convert the others to that of q on purpose.")
 
 
 def resolve_mask(causal: bool, mask: Mask | None) -> Mask:
@@ -91,8 +111,11 @@ def resolve_mask(causal: bool, mask: Mask | None) -> Mask:
     return mask
 
 
-def resolve_scale(scale: float | None, head_dim: int) -> float:
-    """``scale``, or 1 / sqrt(head_dim)."""
+def resolve_scale(scale: float | None, head_dim: int, compute: str) -> float:
+    """``scale``, or 1 / sqrt(head_dim).
+
+    Raises ArgumentError for what is no finite number, and where moderate scores would be infinite in ``compute``.
+    """
     if scale is None:
         return head_dim**-0.5
     try:
@@ -100,7 +123,11 @@ def resolve_scale(scale: float | None, head_dim: int) -> float:
     except OverflowError:  # a whole number beyond every float
         found = math.inf
     if not math.isfinite(found):
-        raise ArgumentError("scale", _shown(scale), "a finite number", "Leave it out for 1 / sqrt(head_dim).")
+        raise ArgumentError("scale", _shown(scale), "a finite number", _USUAL_SCALE)
+    largest = float(np.finfo(compute).max) / MODERATE_SCORE / math.log2(math.e)  # kernels take powers of 2
+    if abs(found) > largest:
+        expected = f"a finite number of at most {largest:.2g} in size: larger ones make scores infinite in {compute}"
+        raise ArgumentError("scale", _shown(scale), expected, _USUAL_SCALE)
     return found
 
 
@@ -110,21 +137,25 @@ def resolve_dtype(dtype: Any, default: np.dtype) -> np.dtype:
         return default
     import ml_dtypes
 
+    name = str(dtype).removeprefix("torch.")  # PyTorch's types of elements are none that NumPy knows
     try:
-        found = np.dtype(ml_dtypes.bfloat16 if isinstance(dtype, str) and dtype == "bfloat16" else dtype)
-    except (TypeError, ValueError) as error:
+        found = np.dtype(ml_dtypes.bfloat16 if name == "bfloat16" else name if name in FLOATS else dtype)
+    except (TypeError, ValueError, SyntaxError) as error:  # NumPy parses text as Python
         raise ArgumentError("dtype", _shown(dtype), f"one of {', '.join(FLOATS)}", "Leave it out for q's.") from error
     if found.name not in FLOATS or not found.isnative:
         raise ArgumentError("dtype", str(found), f"one of {', '.join(FLOATS)}", "Leave it out for q's.")
     return found
 
 
-def computing_device(device: object, sources: Iterable[TokenSource], out: object) -> Gpu | None:
-    """The GPU that computes, or None for the CPU; arrays on a GPU decide where ``device`` leaves it open."""
+def computing_device(device: object, sources: Iterable[TokenSource], out: object, *, dry_run: bool) -> Gpu | None:
+    """The GPU that computes, or None for the CPU; arrays on a GPU decide where ``device`` leaves it open.
+
+    In a ``dry_run`` it may be a model that is not here.
+    """
     arrays_on = {source.device_index for source in sources if isinstance(source, DeviceSource)}
     if hasattr(out, "__cuda_array_interface__"):
         arrays_on.add(out.device.id if hasattr(out, "device") and hasattr(out.device, "id") else 0)
-    return resolve_device(device, arrays_on)
+    return planned_device(device, arrays_on) if dry_run else resolve_device(device, arrays_on)
 
 
 def check_options(options: object) -> None:
@@ -134,7 +165,9 @@ def check_options(options: object) -> None:
     if options.cover not in COVERS:
         remedy = "'auto' lets the planner choose."
         raise ArgumentError("cover", _shown(options.cover), f"one of {', '.join(COVERS)}", remedy)
-    whole_number(options.lanes, "lanes", 1, "Leave it out for one.")
+    check_locking(options.locking)
+    check_depth(options.check_inputs)
+    whole_number(options.lanes, "lanes", 1, "Leave it out for one.", MOST_LANES)
     for name in ("checkpoint_s", "max_time_s"):
         if getattr(options, name) is not None:
             parse_seconds(getattr(options, name), name)
@@ -144,11 +177,29 @@ def check_options(options: object) -> None:
             raise ArgumentError(name, found, f"{usual}, or a durable job", "Pass Options(durable=True) and out=.")
 
 
+def check_depth(asked: object) -> None:
+    """How inputs are to be known and compared: "sampled" or "full"."""
+    if asked not in ("sampled", "full"):
+        remedy = "'full' reads all of the inputs, 'sampled' some blocks."
+        raise ArgumentError("check_inputs", _shown(asked), "'sampled' or 'full'", remedy)
+
+
 def check_durable(options: Options, out: object) -> None:
     """A job that can be resumed writes a file."""
     if options.durable and not isinstance(out, (str, os.PathLike)):
         found = "no out=" if out is None else f"out of type {type(out).__name__}"
         raise ArgumentError("durable", found, "the path of a new file", "Pass out='out.h5', or leave durable out.")
+
+
+def check_durable_inputs(inputs: Inputs) -> None:
+    """Files that a job reads must be ones that it can tell from others, now and in a later run."""
+    for name in "qkv":
+        identity = getattr(inputs, name).identity
+        if "opened_as" in identity:
+            place = f"{os.path.basename(str(identity['opened_as']))}:{identity['dataset']}"
+            remedy = f"Copy it to a file on a disk, pass {name}[...], or leave durable out."
+            expected = "a file on a disk, or an array in memory, for a durable job"
+            raise ArgumentError(name, f"{place}, which is in no file of that name", expected, remedy)
 
 
 def machine(options: Options, gpu: Gpu | None) -> Machine:
@@ -157,7 +208,7 @@ def machine(options: Options, gpu: Gpu | None) -> Machine:
         threads = whole_number(options.threads, "threads", 1, "Leave it out to use every processor.", MAX_THREADS)
     else:
         threads = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return Machine(threads, total_memory_bytes() // 2, Rates(), gpu is not None)
+    return Machine(threads, machine_bytes() // 2, Rates(), gpu is not None)
 
 
 def resolve_chunks(options: Options) -> int | None:
@@ -180,17 +231,6 @@ def whole_number(value: Any, argument: str, least: int, remedy: str, most: int |
     raise ArgumentError(argument, _shown(value), f"a whole number, at least {least}", remedy)
 
 
-def total_memory_bytes() -> int:
-    """Memory of the machine, or of the container that this process is confined to."""
-    total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    try:
-        with open("/sys/fs/cgroup/memory.max") as file:
-            limit = file.read().strip()
-    except OSError:
-        return total
-    return min(total, int(limit)) if limit.isdigit() else total
-
-
 def resolve_budget(memory: int | str | None, options: Options, out: Any, gpu: Gpu | None) -> Budget:
     """Bytes that may be held, and where states go that do not fit.
 
@@ -200,20 +240,25 @@ def resolve_budget(memory: int | str | None, options: Options, out: Any, gpu: Gp
     limits = {"memory": memory, "host_memory": options.host_memory}
     given = {name: parse_bytes(value, name) for name, value in limits.items() if value is not None}
     scratch = _scratch(options, out)
-    host_bytes = given.pop("host_memory", int(total_memory_bytes() * DEFAULT_SHARE)) if gpu else None
+    host_total, whose = _host_memory()
+    host_bytes = given.pop("host_memory", int(host_total * DEFAULT_SHARE)) if gpu else None
     if given:
         name = min(given, key=lambda name: given[name])
-        return Budget(given[name], f"{name}={limits[name]!r}", scratch, host_bytes)
-    total = gpu.total_bytes if gpu else total_memory_bytes()
-    whose = f"{gpu.name}'s" if gpu else "this machine's"
+        return Budget(given[name], Choice(name, limits[name]), scratch, host_bytes)
+    total, whose = (gpu.total_bytes, f"{gpu.name}'s") if gpu else (host_total, whose)
     return Budget(int(total * DEFAULT_SHARE), f"half of {whose} {format_bytes(total)}", scratch, host_bytes)
 
 
-def _scratch(options: Options, out: Any) -> str:
-    """The directory for states that do not fit."""
+def _host_memory() -> tuple[int, str]:
+    """Bytes that this process may use, and whose they are."""
+    total, room = machine_bytes(), room_bytes()
+    return (total, "this machine's") if room is None or total <= room else (room, "what ulimit leaves,")
+
+
+def _scratch(options: Options, out: Any) -> str | None:
+    """The directory for states that do not fit; None: the system's, which is looked for where it is needed."""
     if options.scratch is None:
-        is_path = isinstance(out, (str, os.PathLike))
-        return os.path.dirname(os.path.abspath(os.fspath(out))) if is_path else tempfile.gettempdir()
+        return os.path.dirname(os.path.abspath(os.fspath(out))) if isinstance(out, (str, os.PathLike)) else None
     if not isinstance(options.scratch, (str, os.PathLike)) or not os.path.isdir(options.scratch):
         raise ArgumentError("scratch", _shown(options.scratch), "an existing directory", "Make it, or leave it out.")
     return os.fspath(options.scratch)
@@ -238,6 +283,7 @@ def _operand(source: TokenSource, compute: str, gpu: Gpu | None) -> Operand:
     return Operand(
         source.shape, source.dtype.name, source.dtype.itemsize, in_place, source.token_major,
         source.staging_bytes(read_as), source.held_bytes, source.description, not isinstance(source, HostSource),
+        source.touched_bytes,
     )  # fmt: skip
 
 
@@ -247,13 +293,27 @@ def result_shape(inputs: Inputs) -> tuple[int, int, int, int]:
     return batch, heads, tokens, inputs.v.shape[3]
 
 
+def check_out_path(out: object) -> None:
+    """Must be a path that a file can have: text, neither empty nor with what the system does not take in names."""
+    path = os.fspath(out) if isinstance(out, (str, os.PathLike)) else None
+    try:
+        possible = isinstance(path, str) and path != "" and b"\0" not in os.fsencode(path)
+    except UnicodeEncodeError:
+        possible = False
+    if not possible:
+        found = ascii(path) if isinstance(path, (str, bytes)) else f"type {type(out).__name__}"
+        remedy = "No file can have that name: choose another one." if path else "Leave it out for a new array."
+        raise ArgumentError("out", found, "a NumPy or CuPy array, a path or None", remedy)
+
+
 def check_out_array(out: Any, shape: tuple[int, ...], layout: Layout, inputs: Inputs) -> None:
-    """``out`` must be a writable NumPy or CuPy float array of ``shape`` that shares no memory with the ``inputs``."""
+    """``out`` must be a writable NumPy or CuPy float array of ``shape`` that shares no element with the ``inputs``."""
+    refuse_mask(out, "out")
     if out.shape != shape:
         raise ArgumentError("out", f"shape {out.shape}", f"{shape}, layout {layout}", "Pass an array of that shape.")
     if out.dtype.name not in FLOATS or not out.dtype.isnative:
         raise ArgumentError("out", f"dtype {out.dtype}", f"one of {', '.join(FLOATS)}", "Pass a float array.")
-    if any(length > 1 and stride == 0 for length, stride in zip(out.shape, out.strides, strict=True)):
+    if overlaps_itself(out):
         raise ArgumentError("out", "an array whose elements overlap", "one place for each", "Pass np.empty(...).")
     if any(source.overlaps(out) for source in (inputs.q, inputs.k, inputs.v)):
         raise ArgumentError("out", "memory of an input", "an array of its own", "Inputs are never overwritten.")

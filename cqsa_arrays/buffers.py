@@ -35,3 +35,18 @@ def allocate(shape: int | tuple[int, ...], dtype: Any) -> np.ndarray:
     if hasattr(mmap, "MADV_HUGEPAGE"):  # one fault for 2 MiB instead of 512
         pages.madvise(mmap.MADV_HUGEPAGE)
     return np.frombuffer(pages, dtype, count).reshape(shape)
+
+
+def check_address_space(size_bytes: int) -> None:
+    """Raise MemoryError where a limit on addresses (``ulimit -v``) leaves less than ``size_bytes``; nothing is kept.
+
+    Shared libraries and what allocators reserve for threads count there, and are no memory that ``allocate`` asks for.
+    """
+    if os.name != "posix":
+        return
+    try:
+        mmap.mmap(-1, size_bytes, flags=mmap.MAP_SHARED | mmap.MAP_ANONYMOUS, prot=mmap.PROT_READ).close()
+    except OSError as error:
+        if error.errno != errno.ENOMEM:
+            raise
+        raise MemoryError(f"the system refuses {format_bytes(size_bytes)} of address space (ulimit -v)") from error

@@ -2,20 +2,53 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+from .wording import Choice, Phrase
+
 # What to do with a job that cannot go on.
-START_OVER = "Start the job over with --restart (Options(restart=True))."
+START_OVER = Phrase.of("Start the job over with ", Choice("restart", True, rare=True), ".")
 
 
 class CqsaError(Exception):
-    """Base of every error that this package raises on purpose."""
+    """Base of every error that this package raises on purpose.
+
+    ``str(error)`` is the message of ``phrase`` as Python writes it, on one line; what a terminal would not print, or
+    obey, in the names in it is shown as an escape. The command line spells the phrase with its options. Errors travel
+    between processes: pickle makes one again from its phrases.
+    """
+
+    def __init__(self, *parts: object) -> None:
+        self.phrase = Phrase.of(*parts)
+        super().__init__(str(self.phrase))
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), self.phrase.parts, self.__dict__
+
+    def __str__(self) -> str:
+        return one_line(str(self.phrase))
 
 
 class ArgumentError(CqsaError, ValueError):
-    """An argument that cannot be used: names it, what was found, what was expected and what to do."""
+    """An argument that cannot be used: names it, what was found, what was expected and what to do.
 
-    def __init__(self, argument: str, found: object, expected: str, remedy: str) -> None:
-        self.argument, self.found, self.expected, self.remedy = argument, found, expected, remedy
-        super().__init__(f"{argument}: found {found}; expected {expected}. {remedy}")
+    >>> str(ArgumentError("threads", 0, "at least 1", "Leave it out."))
+    'threads: found 0; expected at least 1. Leave it out.'
+    """
+
+    def __init__(self, argument: str, found: object, expected: str | Phrase, remedy: str | Phrase) -> None:
+        # As text: what was found may be anything, also what cannot be pickled.
+        self._said = tuple(map(Phrase.of, (found, expected, remedy)))
+        self.argument = argument
+        self.found, self.expected, self.remedy = map(str, self._said)
+        super().__init__(Choice(argument), ": found ", found, "; expected ", expected, ". ", remedy)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (self.argument, *self._said), self.__dict__
+
+
+class MissingArrayError(ArgumentError, AttributeError):
+    """An array that an opened file does not have."""
 
 
 class BudgetError(CqsaError, MemoryError):
@@ -29,9 +62,12 @@ class DeviceError(CqsaError, RuntimeError):
 class DeviceMemoryError(DeviceError, MemoryError):
     """A GPU that has less memory free than a plan was made for: ``free_bytes`` of it were left."""
 
-    def __init__(self, message: str, free_bytes: int) -> None:
+    def __init__(self, message: str | Phrase, free_bytes: int) -> None:
         self.free_bytes = free_bytes
         super().__init__(message)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (self.phrase, self.free_bytes), self.__dict__
 
 
 class StorageError(CqsaError, OSError):

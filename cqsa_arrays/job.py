@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import logging
 import os
-import sys
-from collections.abc import Iterator
+import time
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -14,7 +14,9 @@ import numpy as np
 
 from . import arguments
 from .block_statistics import BlockStatistics
+from .buffers import allocate
 from .devices import Gpu
+from .durable import KnownInput, describe_inputs
 from .engine import Inputs, OutputResults, Progress, ProgressBar, RunReport, Silent, StatisticsResults, make_ready, run
 from .errors import ArgumentError, BudgetError, DeviceMemoryError
 from .kernels.cuda.variants import variant_for
@@ -30,9 +32,25 @@ from .planner import (
     mask_to_dict,
     output_piece_rows,
 )
-from .storage import ArraySink, OutputFile, Sink, TokenSource, dataset_in, output_staging_bytes
+from .storage import (
+    ArraySink,
+    Check,
+    DiskArray,
+    Locking,
+    OutputFile,
+    Sink,
+    check_like,
+    check_name,
+    dataset_in,
+    like,
+    output_staging_bytes,
+    taker,
+    target_of,
+    unhindered,
+)
 from .units import format_bytes, parse_seconds
 from .version import __version__
+from .wording import Choice
 
 logger = logging.getLogger("cqsa_arrays")
 # Of what a device has left, when it turned out to be less than planned: the driver itself needs a little.
@@ -56,6 +74,14 @@ class Request:
     out: Any = None
     options: Options = field(default_factory=Options)
     moves: bool = False  # an unfinished job may go on on another device
+    resumes: bool = False  # no job is begun
+    dry_run: bool = False  # only the plan is wanted
+
+    @property
+    def locking(self) -> Locking:
+        """How files are opened: as the options say, or else as an input was."""
+        opened = (one.locking for one in (self.q, self.k, self.v) if isinstance(one, DiskArray))
+        return next((one for one in (self.options.locking, *opened) if one is not None), None)
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,6 +92,7 @@ class Job:
     inputs: Inputs
     gpu: Gpu | None
     plan: Plan
+    began: float  # when the call did, of time.monotonic()
 
 
 @contextmanager
@@ -74,27 +101,36 @@ def prepared(request: Request, *, as_statistics: bool = False) -> Iterator[Job]:
 
     Raises ArgumentError, BudgetError, DeviceError and StorageError for what cannot be done.
     """
+    began = time.monotonic()
     arguments.check_options(request.options)
     arguments.check_durable(request.options, request.out)
     arguments.check_layout(request.layout)
+    if isinstance(request.out, (str, os.PathLike)):
+        arguments.check_out_path(request.out)
+        request = replace(request, out=target_of(os.fspath(request.out)))
+        check_name(request.out)
     with ExitStack() as stack:
         sources = []
         for name in "qkv":
-            source = arguments.open_source(
-                getattr(request, name), name, request.layout, follow_links=request.options.follow_links
-            )
+            source = arguments.open_source(getattr(request, name), name, request.layout, request.options)
             sources.append(stack.enter_context(closing(source)))
         inputs = Inputs(*sources)
         arguments.check_inputs(inputs)
-        gpu = arguments.computing_device(request.device, sources, request.out)
+        if request.options.durable:
+            arguments.check_durable_inputs(inputs)
+        gpu = arguments.computing_device(request.device, sources, request.out, dry_run=request.dry_run)
         result = _statistics_result(inputs) if as_statistics else _result(inputs, request)
         result = _placed(result, gpu, _stays(request))
         mask = arguments.resolve_mask(request.causal, request.mask)
-        scale = arguments.resolve_scale(request.scale, inputs.q.shape[3])
+        scale = arguments.resolve_scale(request.scale, inputs.q.shape[3], arguments.compute_dtype(inputs.q.dtype))
         problem = arguments.build_problem(inputs, result, mask, scale, gpu)
         budget = arguments.resolve_budget(request.memory, request.options, request.out, gpu)
         plan = _plan(problem, budget, request.options, gpu)
-        yield Job(request, inputs, gpu, as_durable(plan, request.options, gpu) if request.options.durable else plan)
+        plan = as_durable(plan, request.options, gpu) if request.options.durable else plan
+        job = Job(request, inputs, gpu, plan, began)
+        if request.out is None and not as_statistics:
+            check_like(_empty(job, (1, 1, 1, 1), _dtype(job)), request.q)
+        yield job
 
 
 def as_durable(plan: Plan, options: Options, gpu: Gpu | None, lanes: int | None = None) -> Plan:
@@ -130,7 +166,8 @@ def _plan(problem: Problem, budget: Budget, options: Options, gpu: Gpu | None) -
         if problem.result.place != "new array" or problem.result.row_scalars:
             raise
         size = format_bytes(problem.output_bytes)
-        raise BudgetError(f"{error} Or pass out='out.h5': then the result, {size}, is not in memory.") from None
+        place = Choice("out", "out.h5")
+        raise BudgetError(error.phrase, " Or pass ", place, f": then the result, {size}, is not in memory.") from None
 
 
 def kernel_name(problem: Problem, gpu: Gpu) -> str:
@@ -160,11 +197,9 @@ def _result(inputs: Inputs, request: Request) -> Result:
     if out is None:
         home = dtype.name == arguments.compute_dtype(inputs.q.dtype)
         return Result(dtype.name, dtype.itemsize, "new array", 0, 0, "a new array in memory", home)
-    if not isinstance(out, (str, os.PathLike)) or not os.fspath(out):
-        found = repr(out) if isinstance(out, str) else f"type {type(out).__name__}"
-        raise ArgumentError("out", found, "a NumPy or CuPy array, a path or None", "Leave it out for a new array.")
+    arguments.check_out_path(out)
     staging = output_staging_bytes(shape, dtype, layout)
-    return Result(dtype.name, dtype.itemsize, "file", 1, staging, f"{os.fspath(out)}:/out and /lse")
+    return Result(dtype.name, dtype.itemsize, "file", 1, staging, f"{os.path.basename(os.fspath(out))}:/out and /lse")
 
 
 def attend(job: Job) -> tuple[Any, RunReport]:
@@ -174,21 +209,23 @@ def attend(job: Job) -> tuple[Any, RunReport]:
     """
     request, problem, inputs = job.request, job.plan.problem, job.inputs
     layout, shape = inputs.q.layout, arguments.result_shape(inputs)
-    dtype = arguments.resolve_dtype(problem.result.dtype, inputs.q.dtype)
+    dtype = _dtype(job)
     make_ready(job.plan)
     if problem.result.place == "file":
         with OutputFile.create(
             request.out, shape=shape, dtype=dtype, layout=layout, lse_dtype=np.dtype(problem.compute_dtype),
-            attributes=output_attributes(job), overwrite=request.options.overwrite, inputs=input_paths(inputs),
+            attributes=output_attributes(job, known_inputs(job)), overwrite=request.options.overwrite,
+            inputs=input_paths(inputs),
         ) as file:  # fmt: skip
             report = _run(job, _output_results(job, file, None))
             file.finish()
-        return dataset_in(os.fspath(request.out), "/out", argument="out"), report
+        return dataset_in(os.fspath(request.out), "/out", locking=request.locking, argument="out"), report
     given = problem.result.place == "array"
     array = request.out if given else _empty(job, layout.physical_shape(shape), dtype)
-    home = layout.logical(array) if problem.result.holds_states else None
-    report = _run(job, _output_results(job, ArraySink(array, None, layout), home))
-    return (array if given else _like(array, request.q)), report
+    plain = array if hasattr(array, "__cuda_array_interface__") else array.view(np.ndarray)  # not a matrix, say
+    home = layout.logical(plain) if problem.result.holds_states else None
+    report = _run(job, _output_results(job, ArraySink(plain, None, layout), home))
+    return (array if given else like(array, request.q)), report
 
 
 def collect_statistics(job: Job) -> BlockStatistics:
@@ -213,9 +250,16 @@ def _on_device(job: Job) -> Iterator[Any]:
         yield cupy
 
 
+def _dtype(job: Job) -> np.dtype:
+    """The element type of the output."""
+    return arguments.resolve_dtype(job.plan.problem.result.dtype, job.inputs.q.dtype)
+
+
 def _empty(job: Job, shape: tuple[int, ...], dtype: np.dtype) -> Any:
     """The new array of a result."""
     with _on_device(job) as xp:
+        if xp is np and taker(job.request.q) is not None:
+            return allocate(shape, dtype)  # in pages of its own: JAX copies what is not aligned to 64 bytes
         return xp.empty(shape, dtype)
 
 
@@ -248,35 +292,35 @@ def smaller_plan(plan: Plan, error: DeviceMemoryError, job: Job) -> Plan:
     return smaller
 
 
-def _like(array: Any, model: Any) -> Any:
-    """``array`` as an array of the library that ``model`` is of, where that takes over DLPack; else as it is."""
-    if type(array) is type(model) or isinstance(model, np.ndarray):
-        return array
-    library = sys.modules.get(type(model).__module__.partition(".")[0])
-    takes_over = getattr(library, "from_dlpack", None)
-    return takes_over(array) if hasattr(model, "__dlpack__") and takes_over is not None else array
-
-
 def input_paths(inputs: Inputs) -> list[str]:
     """The files that were read, also those that only led to others."""
     paths = []
     for identity in (source.identity for source in (inputs.q, inputs.k, inputs.v)):
         linked_from = identity.get("linked_from", [])
-        paths += [identity.get("path"), *(linked_from if isinstance(linked_from, list) else [])]
+        paths += [
+            identity.get("path"),
+            identity.get("opened_as"),
+            *(linked_from if isinstance(linked_from, list) else []),
+        ]
     return [path for path in paths if isinstance(path, str)]
 
 
-def output_attributes(job: Job) -> dict[str, object]:
-    """What ``verify`` needs to find the inputs again, and how the file was made."""
+def known_inputs(job: Job, check: Check = unhindered) -> dict[str, KnownInput]:
+    """What is to be remembered of the inputs of a job that writes a file; ``check`` may raise to stop a long look."""
+    request = job.request
+    given = {name: getattr(request, name) for name in "qkv"}
+    full = request.options.check_inputs == "full"
+    return describe_inputs(job.inputs, os.fspath(request.out), given=given, full=full, check=check)
 
-    def describe(source: TokenSource) -> dict[str, object]:
-        return {**source.identity, "layout": source.layout.name}
 
-    problem = job.plan.problem
+def output_attributes(job: Job, known: Mapping[str, KnownInput]) -> dict[str, object]:
+    """What ``verify`` needs to find the inputs again, and how the file was made: the same bytes in every folder."""
+    locking = {} if job.request.locking is None else {"locking": job.request.locking}
+    problem, plan = job.plan.problem, job.plan
     return {
         "creator": f"cqsa_arrays {__version__}",
-        "inputs": {name: describe(getattr(job.inputs, name)) for name in "qkv"},
+        "inputs": {name: {**one.attributes, **locking} for name, one in known.items()},
         "mask": mask_to_dict(problem.mask),
         "scale": problem.scale,
-        "plan": job.plan.to_dict(),
+        "plan": replace(plan, budget=replace(plan.budget, scratch=None)).to_dict(),
     }

@@ -78,12 +78,60 @@ class Batch:
             future.result()
 
 
+class Pool:
+    """At most ``threads`` threads, which also work when the interpreter ends.
+
+    When the main thread has ended, an executor takes nothing any more; but other threads go on, and exit handlers are
+    called. A thread of its own then does each piece of work, or, where Python begins no threads either, the caller.
+    """
+
+    def __init__(self, threads: int, name: str) -> None:
+        self._executor = ThreadPoolExecutor(threads, thread_name_prefix=f"cqsa-{name}")
+        self._name, self._closed = f"cqsa-{name}", False
+
+    def submit(self, work: Callable[..., T], *arguments: Any, by_caller: bool = True) -> Future[T]:
+        """Have ``work(*arguments)`` done by one of the threads.
+
+        ``by_caller``: rather by the caller than not at all. Raises RuntimeError where nobody can, or after ``close``.
+        """
+        try:
+            return self._executor.submit(work, *arguments)
+        except RuntimeError as error:
+            if self._closed or not str(error).startswith("cannot schedule new futures"):
+                raise
+        return _work_apart(self._name, by_caller, work, *arguments)
+
+    def close(self, *, cancel: bool = False) -> None:
+        """Stop the threads; with ``cancel``, what none has begun is never done."""
+        self._closed = True
+        self._executor.shutdown(cancel_futures=cancel)
+
+
+def _work_apart(name: str, by_caller: bool, work: Callable[..., T], *arguments: Any) -> Future[T]:
+    """As ``Pool.submit``, without an executor."""
+    future: Future[T] = Future()
+
+    def run() -> None:
+        try:
+            future.set_result(work(*arguments))
+        except BaseException as error:  # noqa: BLE001 - it is for whoever asks for the result
+            future.set_exception(error)
+
+    try:
+        threading.Thread(target=run, name=name).start()
+    except RuntimeError:
+        if not by_caller:
+            raise
+        run()
+    return future
+
+
 class Workers:
     """``threads`` threads that take items one by one, in order; several instances may work at the same time."""
 
     def __init__(self, threads: int, name: str) -> None:
         self._threads = threads
-        self._pool = ThreadPoolExecutor(threads, thread_name_prefix=f"cqsa-{name}")
+        self._pool = Pool(threads, name)
 
     def run(self, items: Iterable[T], work: Callable[[T], None]) -> None:
         """``work(item)`` for every item; returns when all are done, and fails, as ``Batch.wait`` does."""
@@ -102,12 +150,12 @@ class Workers:
         return batch
 
     def submit(self, work: Callable[..., None], *arguments: Any) -> Future[None]:
-        """Have ``work(*arguments)`` done by one of the threads."""
-        return self._pool.submit(work, *arguments)
+        """Have ``work(*arguments)`` done by one of the threads, beside the caller."""
+        return self._pool.submit(work, *arguments, by_caller=False)
 
     def close(self) -> None:
         """Stop the threads."""
-        self._pool.shutdown()
+        self._pool.close()
 
 
 # Threads that wait for the next to use them, by number and name: to begin one and to end it takes as long as to read

@@ -23,7 +23,7 @@ pytestmark = pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reas
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """An input file, a budget and a cover; ``budget`` "1/10" is a share of the file."""
+    """An input file, a budget and a cover; ``budget`` "1/5" is a share of the file."""
 
     name: str
     inputs: InputSpec
@@ -46,25 +46,25 @@ def job(name: str, budget: str, cover: str = "auto", **inputs: object) -> Job:
 
 
 JOBS = [
-    job("float32, a tenth", "1/10", tokens=10_000, heads=12),
-    job("float32, a tenth, cqs", "1/10", "cqs", tokens=10_000, heads=12),
-    job("float32, a tenth, rectangular", "1/10", "rectangular", tokens=10_000, heads=12),
-    job("float32, one head", "8", tokens=30_000),
-    job("float32, one head, states on disk", "10", "cqs", tokens=30_000, head_dim=32, value_dim=64),
-    job("float32, D 128", "48", tokens=12_000, heads=4, head_dim=128),
-    job("float32, more keys", "1/5", tokens=4_000, key_tokens=30_000, heads=4),
-    job("float32, room for everything", "256", tokens=12_000, heads=2),
-    job("float32, many keys at once", "512", "cqs", tokens=1_000, key_tokens=260_000, head_dim=128),
-    job("float32, nd layout", "1/3", tokens=24_000, head_dim=96, layout="nd"),
-    job("float16 bnhd", "24", tokens=12_000, heads=6, dtype="float16", layout="bnhd"),
-    job("float16 bnhd, a fifth", "1/5", tokens=4_000, heads=32, dtype="float16", layout="bnhd"),
-    job("bfloat16", "12", tokens=16_000, heads=4, dtype="bfloat16"),
-    job("bfloat16 nhd, cqs", "40", "cqs", tokens=12_000, heads=4, dtype="bfloat16", layout="nhd"),
-    job("float64, D 128", "1/4", tokens=8_000, heads=4, head_dim=128, dtype="float64"),
-    job("float64, D 128, states on disk", "16", "cqs", tokens=8_000, heads=2, head_dim=128, dtype="float64"),
-    job("float32 gzip", "1/4", tokens=10_000, heads=8, chunk_tokens=1000, compression="gzip"),
-    job("float16 gzip bnhd", "32", tokens=12_000, heads=8, dtype="float16", layout="bnhd", chunk_tokens=500,
+    job("float32, a fifth, cqs", "1/5", "cqs", tokens=5_000, heads=12),
+    job("float32, a fifth, rectangular", "1/5", "rectangular", tokens=5_000, heads=12),
+    job("float32, one head", "8", tokens=15_000),
+    job("float32, one head, states on disk", "8", "cqs", tokens=15_000, head_dim=32, value_dim=64),
+    job("float32, D 128", "24", tokens=6_000, heads=4, head_dim=128),
+    job("float32, more keys", "1/5", tokens=2_000, key_tokens=30_000, heads=4),
+    job("float32, room for everything", "256", tokens=6_000, heads=4),
+    job("float32, many keys at once", "256", "cqs", tokens=500, key_tokens=130_000, head_dim=128),
+    job("float32, nd layout", "2/3", tokens=12_000, head_dim=96, layout="nd"),
+    job("float16 bnhd", "16", tokens=6_000, heads=6, dtype="float16", layout="bnhd"),
+    job("float16 bnhd, two fifths", "2/5", tokens=2_000, heads=32, dtype="float16", layout="bnhd"),
+    job("bfloat16", "10", "rectangular", tokens=8_000, heads=4, dtype="bfloat16"),
+    job("bfloat16 nhd, cqs", "24", "cqs", tokens=6_000, heads=4, dtype="bfloat16", layout="nhd"),
+    job("float64, D 128", "1/2", tokens=4_000, heads=4, head_dim=128, dtype="float64"),
+    job("float64, D 128, states on disk", "13", "cqs", tokens=6_000, heads=2, head_dim=128, dtype="float64"),
+    job("float32 gzip", "1/2", "cqs", tokens=5_000, heads=8, chunk_tokens=1000, compression="gzip"),
+    job("float16 gzip bnhd", "20", tokens=5_000, heads=8, dtype="float16", layout="bnhd", chunk_tokens=500,
         compression="gzip"),
+    job("float32, one token a chunk", "8", tokens=4_000, head_dim=16, chunk_tokens=1),
 ]  # fmt: skip
 
 

@@ -1,16 +1,19 @@
 """Threads that take items in order, stop at the first error, and end when they are interrupted."""
 
+import os
 import subprocess
 import sys
 import threading
 from contextlib import closing
+from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import cqsa_arrays
 from cqsa_arrays import workers as workers_module
-from cqsa_arrays.workers import Workers, kept_workers
+from cqsa_arrays.workers import Pool, Workers, kept_workers
 
 LONG_S = 30  # only ever waited for by a test that fails
 
@@ -376,3 +379,79 @@ def test_an_interrupted_call_leaves_no_thread_and_no_file(tmp_path) -> None:
     found = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
     assert found.stderr == ""
     assert found.stdout.splitlines() == ["interrupted", "[] []"]
+
+
+AT_THE_END = """
+import atexit, sys, threading
+import h5py  # before the handler: h5py has one, after which it writes no attributes
+import numpy as np
+import cqsa_arrays as cqsa
+
+x = np.random.default_rng(0).standard_normal((2, 2000, 16)).astype("f4")
+y = x.astype("f8")
+expected = cqsa.attention(x, x, x)
+
+def calls(where):
+    right = np.array_equal(cqsa.attention(x, x, x), expected)  # of a kernel that is loaded
+    right &= np.allclose(cqsa.attention(y, y, y), expected, atol=1e-5)
+    durable = cqsa.Options(durable=True, checkpoint_s=0)
+    right &= np.array_equal(cqsa.attention(x, x, x, out=f"{where}.h5", options=durable)[...], expected)
+    file = [f"{where}.h5:/out"] * 3
+    right &= np.array_equal(cqsa.attention(*file), cqsa.attention(expected, expected, expected))
+    print(where, right, flush=True)
+
+@atexit.register
+def at_exit():
+    calls("at exit")
+
+def outlive():
+    threading.main_thread().join()
+    calls("behind")
+
+if "thread" in sys.argv:
+    threading.Thread(target=outlive).start()
+"""
+
+
+@pytest.mark.parametrize("thread", [[], ["thread"]], ids=["exit handler", "thread"])
+def test_calls_are_answered_when_the_main_thread_has_ended(thread, tmp_path) -> None:
+    """An executor of the standard library takes nothing any more; Python 3.12 begins no thread in an exit handler."""
+    command = [sys.executable, "-c", AT_THE_END, *thread]
+    environment = {**os.environ, "PYTHONPATH": str(Path(cqsa_arrays.__file__).parents[1])}
+    found = subprocess.run(
+        command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=240, check=False
+    )
+    assert found.stderr == ""
+    assert found.stdout.splitlines() == [*(["behind True"] if thread else []), "at exit True"]
+
+
+def test_what_an_executor_refuses_a_thread_of_its_own_does_or_the_caller(monkeypatch) -> None:
+    def refuse(*call) -> None:
+        raise RuntimeError("cannot schedule new futures after interpreter shutdown")
+
+    done, errors = [], []
+    with closing(Workers(2, "refused")) as workers:
+        monkeypatch.setattr(workers._pool._executor, "submit", refuse)
+        workers.run(range(20), lambda item: done.append((item, threading.current_thread().name)))
+        assert sorted(item for item, _ in done) == list(range(20))
+        assert {name for _, name in done} == {"cqsa-refused"}
+
+        def no_threads(self) -> None:
+            raise RuntimeError("can't create new thread at interpreter shutdown")
+
+        monkeypatch.setattr(threading.Thread, "start", no_threads)
+        done.clear()
+        workers.run(range(20), lambda item: done.append(threading.current_thread()))
+        assert done == [threading.main_thread()] * 20
+        with pytest.raises(ZeroDivisionError):
+            workers.run(range(3), lambda item: 1 // (item - 1))
+        with pytest.raises(RuntimeError, match="new thread"):  # of work beside the caller nobody can do it
+            workers.submit(errors.append, 1)
+    assert errors == []
+
+
+def test_a_pool_that_was_closed_takes_nothing() -> None:
+    pool = Pool(1, "closed")
+    pool.close()
+    with pytest.raises(RuntimeError, match="after shutdown"):
+        pool.submit(print)

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from itertools import compress
 from typing import Any
 
@@ -24,6 +23,7 @@ from ..masks import Mask
 from ..ranges import Cut, Range
 from .base import Step, check_cut, check_index
 from .difference import difference_set, set_size
+from .lazy import lazy_attribute
 
 
 def owned_pairs(marks: NDArray[np.int64], c: int) -> NDArray[np.bool_]:
@@ -78,7 +78,7 @@ class QuorumTask:
         return tuple(key for key, column in zip(self.keys, self.owned.T, strict=True) if touched(key, column))
 
 
-@dataclass(frozen=True)  # no slots: the cached properties live in the instance's dictionary
+@dataclass(frozen=True)  # no slots: lazy attributes live in the instance's dictionary
 class CqsCover:
     """c tasks over c query chunks and c key chunks, for every c >= 1; each task needs about l/c of the tokens.
 
@@ -120,12 +120,12 @@ class CqsCover:
     def longest_key_range(self) -> int:
         return self.keys.longest
 
-    @cached_property
+    @lazy_attribute
     def marks(self) -> NDArray[np.int64]:
         """The difference set: task i holds the chunks i + marks modulo c."""
         return _frozen(difference_set(self.task_count))
 
-    @cached_property
+    @lazy_attribute
     def owned(self) -> NDArray[np.bool_]:
         """``owned_pairs`` of the marks, the same for every task."""
         return _frozen(owned_pairs(self.marks, self.task_count))

@@ -14,8 +14,11 @@ class CoverError(CqsaError):
     """A cover that breaks a promise; ``pair`` is the first (query row, key) that is not held exactly once, if any."""
 
     def __init__(self, problem: str, pair: tuple[int, int] | None = None) -> None:
-        self.pair = pair
-        super().__init__(problem)
+        self.problem, self.pair = problem, pair
+        super().__init__(problem, pair)
+
+    def __str__(self) -> str:
+        return self.problem
 
 
 @dataclass(frozen=True, slots=True)

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections import OrderedDict, deque
 from collections.abc import Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from typing import Protocol
 
 from ..cover import Step
 from ..planner import Group
 from ..ranges import Range
+from ..workers import Pool
 from .schedule import Work
 
 # Steps may be so short that many of them have few bytes.
@@ -55,7 +56,7 @@ class ReadAhead:
         self._asked_bytes = 0
         self._lately: OrderedDict[Block, int] = OrderedDict()  # asked for: bytes
         self._lately_bytes = 0
-        self._pool = ThreadPoolExecutor(1, thread_name_prefix="cqsa-ahead")
+        self._pool = Pool(1, "ahead")
         self._pending: Future[None] | None = None
         self._closed = False
 
@@ -122,4 +123,4 @@ class ReadAhead:
     def close(self) -> None:
         """Stop after what is being read at this turn."""
         self._closed = True
-        self._pool.shutdown(cancel_futures=True)
+        self._pool.close(cancel=True)

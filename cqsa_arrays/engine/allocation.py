@@ -7,6 +7,7 @@ from contextlib import ExitStack, closing
 import numpy as np
 
 from .. import buffers
+from ..forks import preload
 from ..planner import Plan
 from ..workers import stack_bytes
 from .pages import Pages
@@ -27,6 +28,7 @@ def make_ready(plan: Plan) -> None:
     thread that could not begin. Raises MemoryError. Nothing is kept, and no page is touched.
     """
     if plan.device == "cpu":
+        preload("cqsa_arrays.kernels.cpu.kernel")
         from ..kernels.cpu.kernel import load
 
         load(plan.problem.compute_dtype)
@@ -51,8 +53,9 @@ def allocate(
     problem, size = plan.problem, plan.chosen.residency
     dtype = problem.compute_dtype
     kernel = CpuKernel(
-        dtype, rows=size.query_chunk, head_dim=problem.head_dim, value_dim=problem.value_dim, threads=size.threads
-    )
+        dtype, rows=size.query_chunk, head_dim=problem.head_dim, value_dim=problem.value_dim, threads=size.threads,
+        least_items=-(-2 * size.threads // size.heads),
+    )  # fmt: skip
     stack.enter_context(closing(kernel))
     home = results.home if plan.states_in_result else None
     states = stack.enter_context(closing(open_states(plan, home, saved)))

@@ -10,16 +10,16 @@ from collections.abc import Callable
 from contextlib import ExitStack, closing
 from dataclasses import dataclass
 
-from ..cover import Step
 from ..planner import Plan
 from ..ranges import Range
 from .ahead import ReadAhead
 from .allocation import allocate
 from .checkpoint import NO_CHECKPOINT, Checkpoint
+from .pace import Pace, parts
 from .progress import Progress
 from .resident import Inputs
 from .results import Results
-from .schedule import Schedule
+from .schedule import Schedule, Work
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,22 +56,25 @@ def run(
     Where the tasks of a group are shared by several lanes, its states are left in the file of ``checkpoint`` instead.
     """
     start, before = time.perf_counter(), _bytes_read(inputs)
-    order = Schedule(plan.groups, plan.build_cover(), plan.part_rows, plan.lanes, lane, plan.build_edge_covers())
+    order = Schedule.of(plan, lane)
     with ExitStack() as stack:
         in_place = plan.states_in_result and results.home is not None
         first = next(order.works(checkpoint.start), None)
         resident = allocate(plan, inputs, results, checkpoint.states, first, stack)
         works = order.works(checkpoint.start)
         ahead = stack.enter_context(closing(ReadAhead(works, resident.operands, resident.read_ahead_bytes)))
-        current = None
-        for work, upcoming in ahead:
+        current, pace = None, Pace(plan)
+        for work, upcoming in parts(ahead, pace.rows):
             checkpoint.reached(work.position, resident)
-            if work.group is not current:
+            if work.group != current:
                 resident.begin(current := work.group)
             if work.step is not None:
                 blocks = resident.operands.load(work.step)
                 ahead.request()  # only now is it known which blocks this step has driven out
-                resident.attend(work, *blocks, _tell(plan, work.step, progress), upcoming)
+                pace.begun(work.pairs(plan.problem.mask))
+                resident.attend(work, *blocks, _tell(plan, work, pace, progress), upcoming)
+                while pace.is_ahead and resident.catch_up():
+                    pass
             checkpoint.done(work)
             if work.ends_task is not None and not plan.lanes_meet:
                 for rows in order.cover_of(work.group.index).finished_by(work.ends_task):
@@ -86,12 +89,14 @@ def run(
     return RunReport(time.perf_counter() - start, plan.problem.flops, _bytes_read(inputs) - before, moved)
 
 
-def _tell(plan: Plan, step: Step, progress: Progress) -> Callable[[Range], None]:
-    """Counts the pairs of ``step`` of which one head has finished some rows; called from any thread."""
-    mask = plan.problem.mask
+def _tell(plan: Plan, work: Work, pace: Pace, progress: Progress) -> Callable[[Range], None]:
+    """Counts the pairs of ``work`` of which one head has finished some rows; called from any thread."""
+    mask, keys = plan.problem.mask, work.step.keys if work.step is not None else ()
 
     def done(rows: Range) -> None:
-        progress.advance(sum(mask.pairs(rows, tokens) for tokens in step.keys))
+        pairs = sum(mask.pairs(rows, tokens) for tokens in keys)
+        pace.done(pairs)
+        progress.advance(pairs)
 
     return done
 

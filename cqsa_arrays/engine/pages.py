@@ -58,7 +58,7 @@ class Pages:
 
     def holds(self, group: Group, tokens: Range) -> bool:
         """Whether a block is where it is needed, so that reading ahead has no use."""
-        return self._source.in_place or (group is self._group and tokens in self._resident)
+        return self._source.in_place or (group == self._group and tokens in self._resident)
 
     def prefetch(self, group: Group, tokens: Range) -> Iterator[None]:
         """Have the system read a block ahead into its page cache, some at each turn; for another thread."""

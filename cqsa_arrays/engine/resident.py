@@ -96,6 +96,9 @@ class Resident(Protocol):
         Where blocks are computed on in another memory, those of ``upcoming`` begin to be brought there.
         """
 
+    def catch_up(self) -> bool:
+        """Return once the part that was put under way first is done; False where none is under way."""
+
     def take(self, group: Group, rows: Range, *, in_place: bool) -> None:
         """Hand out ``rows``, which are finished."""
 
@@ -146,6 +149,9 @@ class HostResident:
         )  # fmt: skip
         if work.ends_step:
             self.states.store(step.queries, state)
+
+    def catch_up(self) -> bool:
+        return False
 
     def take(self, group: Group, rows: Range, *, in_place: bool) -> None:
         self.results.take(group, rows, self.states.load(rows), in_place=in_place)

@@ -24,23 +24,34 @@ class Version:
     checksum: int = 0
 
 
+COPY_BYTES = 1 << 20
+
 # A state is of one group of heads (its number) and one query chunk (its first row).
 Versions = Mapping[tuple[int, int], Version]
 
 
-class StateFile:
-    """States of query chunks, of one group of heads after the other, or with ``regions`` of all beside each other.
+# Gives the first row that the state of a group and a query chunk has in a slot.
+Places = Callable[[int, int], int]
 
-    ``rows`` is how many rows a region has; with ``one_at_a_time`` all chunks of a group share one place. A state that
-    was committed stays until the next commit: newer ones go to the other slot. ``seal`` takes what was written since
-    and ``committed`` makes it current; in between, by another thread, ``checked`` reads it back.
+
+def by_rows(group: int, start: int) -> int:
+    """Every query chunk of one group has a place of its own, which the next group takes over."""
+    return start
+
+
+class StateFile:
+    """States of query chunks in two slots of ``rows`` rows: of one group of heads after the other, or of all groups.
+
+    ``place`` says where in a slot. A state that was committed stays until the next commit: newer ones go to the other
+    slot. ``seal`` takes what was written since and ``committed`` makes it current; in between, by another thread,
+    ``checked`` reads it back.
     """
 
     def __init__(
-        self, file: RawFile, rows: int, row_bytes: int, *, regions: int = 1, one_at_a_time: bool = False
+        self, file: RawFile, rows: int, row_bytes: int, place: Places = by_rows, *, all_groups: bool = False
     ) -> None:
         self._file, self._rows, self._row_bytes = file, rows, row_bytes
-        self._regions, self._one_at_a_time = regions, one_at_a_time
+        self._place, self._all_groups = place, all_groups
         self._group = 0
         self._committed: dict[tuple[int, int], Version] = {}
         self._written: dict[tuple[int, int], Version] = {}
@@ -55,19 +66,35 @@ class StateFile:
     @property
     def size_bytes(self) -> int:
         """What the file takes of the disk."""
-        return 2 * self._regions * self._rows * self._row_bytes
+        return 2 * self._rows * self._row_bytes
 
     def restore(self, versions: Versions) -> None:
-        """What a ledger says was committed."""
+        """What a checkpoint says was committed."""
         self._committed = dict(versions)
         self._restored = set(versions)
         self._slots = {self._place(*key): version.slot for key, version in versions.items()}
 
+    def where(self, versions: Versions) -> dict[tuple[int, int], int]:
+        """The byte of the file at which each of them begins."""
+        return {(group, start): self._position(group, start, v.slot) for (group, start), v in versions.items()}
+
+    def copy_from(self, other: StateFile, versions: Versions) -> None:
+        """Take over what another file of the same places holds; StorageError where that is not what was committed."""
+        for (group, start), version in versions.items():
+            position, checksum = self._position(group, start, version.slot), 0
+            for offset in range(0, version.size_bytes, COPY_BYTES):
+                piece = np.empty(min(COPY_BYTES, version.size_bytes - offset), np.uint8)
+                other._file.read_into(piece, position + offset)
+                self._file.write_from(piece, position + offset)
+                checksum = zlib.crc32(piece.data, checksum)
+            if checksum != version.checksum:
+                raise _damaged(other._file.label, start)
+
     def begin(self, group: int) -> None:
-        """Serve the group of that number; states of others are forgotten unless each has its region."""
+        """Serve the group of that number; states of others are forgotten unless each has its own place."""
         with self._lock:
             self._group = group
-            if self._regions == 1:
+            if not self._all_groups:
                 self._committed = {key: version for key, version in self._committed.items() if key[0] == group}
                 self._written = {key: version for key, version in self._written.items() if key[0] == group}
 
@@ -97,7 +124,7 @@ class StateFile:
         version = self._current(chunk)
         assert version is not None, "nothing was written"
         if version.size_bytes != size_bytes:
-            raise _damaged(self._file.label, chunk)
+            raise _damaged(self._file.label, chunk.start)
         done = checksum = 0
         check = (self._group, chunk.start) in self._restored
         while done < size_bytes:
@@ -108,7 +135,7 @@ class StateFile:
             done += part.nbytes
         self.moved_bytes += size_bytes
         if check and checksum != version.checksum:
-            raise _damaged(self._file.label, chunk)
+            raise _damaged(self._file.label, chunk.start)
         self._restored.discard((self._group, chunk.start))
 
     def write(self, chunk: Range, pieces: Iterable[np.ndarray], rows: int | None = None) -> None:
@@ -134,7 +161,7 @@ class StateFile:
         with self._lock:
             self._sealed, self._written = self._written, {}
             self._settled.clear()
-            return dict(self._sealed), dict(self._committed)
+            return dict(self._sealed), self._besides(self._sealed)
 
     def checked(self, versions: Versions) -> dict[tuple[int, int], Version]:
         """``versions`` with their checksums, of what the file gives back."""
@@ -155,10 +182,15 @@ class StateFile:
     def committed(self, versions: Versions) -> None:
         """``versions`` are committed."""
         with self._lock:
-            self._committed = {**self._committed, **versions}
+            self._committed = {**self._besides(versions), **versions}
             self._slots.update({self._place(*key): version.slot for key, version in versions.items()})
             self._sealed = {}
         self._settled.set()
+
+    def _besides(self, versions: Versions) -> dict[tuple[int, int], Version]:
+        """What is committed of chunks whose places none of ``versions`` has: query tiles have one between them."""
+        taken = {self._place(*key) for key in versions}
+        return {key: version for key, version in self._committed.items() if self._place(*key) not in taken}
 
     def sync(self) -> None:
         """Return once everything written is on the disk."""
@@ -178,16 +210,11 @@ class StateFile:
             return 1 - committed
         return 1 - self._written[key].slot if key in self._written else 0
 
-    def _place(self, group: int, start: int) -> int:
-        region = group if self._regions > 1 else 0
-        return region * self._rows + (0 if self._one_at_a_time else start)
-
     def _position(self, group: int, start: int, slot: int) -> int:
-        return (slot * self._regions * self._rows + self._place(group, start)) * self._row_bytes
+        return (slot * self._rows + self._place(group, start)) * self._row_bytes
 
 
-def _damaged(label: str, chunk: Range) -> StorageError:
+def _damaged(label: str, start: int) -> StorageError:
     return StorageError(
-        f"{label}: the state of rows {chunk.start} to {chunk.stop - 1} is not what was committed: the file is damaged."
-        f" {START_OVER}"
+        f"{label}: the state of the rows from {start} on is not what was committed: the file is damaged. ", START_OVER
     )

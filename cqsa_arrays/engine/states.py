@@ -18,6 +18,7 @@ from ..planner import Group, Plan
 from ..ranges import Range
 from ..storage import RawFile, reserve
 from ..units import format_bytes
+from ..wording import Choice
 from .statefile import StateFile
 
 # Gives memory for so many elements of a dtype.
@@ -222,8 +223,13 @@ class FileStates:
         return self._block.view(self._group, Range(0, len(rows)))
 
 
-def scratch_file(directory: str, rows: int, row_bytes: int) -> StateFile:
-    """A file without a name, its space reserved: a full disk is met here and not in the middle."""
+def scratch_file(directory: str | None, rows: int, row_bytes: int) -> StateFile:
+    """A file without a name, its space reserved: a full disk is met here and not in the middle.
+
+    It lies in ``directory``, None for the system's temporary one. Raises StorageError.
+    """
+    if directory is None:
+        directory = _temporary_directory()
     try:
         with ExitStack() as undo:
             descriptor = _unnamed_file(directory)
@@ -234,10 +240,23 @@ def scratch_file(directory: str, rows: int, row_bytes: int) -> StateFile:
     except OSError as error:
         size = format_bytes(2 * rows * row_bytes)
         raise StorageError(
-            f"scratch: cannot reserve {size} for states in {directory}: {error.strerror}."
-            " Name a directory with that much room, or raise memory so that states stay there."
+            Choice("scratch"),
+            f": cannot reserve {size} for states in {directory}: {error.strerror}. Name a directory"
+            " with that much room, or raise ",
+            Choice("memory"),
+            " so that states stay there.",
         ) from error
     return made
+
+
+def _temporary_directory() -> str:
+    try:
+        return tempfile.gettempdir()
+    except OSError as error:
+        raise StorageError(
+            f"scratch: the states do not fit in memory, and no temporary directory can be written ({error.strerror})."
+            " Name a directory that can, or raise memory so that states stay there."
+        ) from error
 
 
 def _unnamed_file(directory: str) -> int:

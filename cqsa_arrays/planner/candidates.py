@@ -39,10 +39,11 @@ PASSING_STATES = 3
 # Tiles under way on a GPU where all keys stay, as many as launches run ahead of it, and blocks of the next heads' keys.
 TILES_UNDER_WAY = 4
 MOST_BLOCKS_AT_ONCE = 64
-# A step is run in parts of about so many seconds, between which a run may be saved or stopped, on a GPU once the parts
-# that are under way are done; shorter ones than so many rows would leave threads idle, or multiprocessors of a GPU.
-HOST_PART_S, DEVICE_PART_S = 2.0, 0.5
-HOST_PART_ROWS = 3072
+# A step is run in parts of about so many seconds, between which a run may be saved or stopped: on a GPU once the parts
+# that are under way are done, of which there are some. Parts of fewer rows would waste registers of a processor, or
+# leave multiprocessors of a GPU idle; there they are whole blocks of rows of every kernel, which rescales 32 together.
+HOST_PART_S, DEVICE_PART_S = 0.6, 0.3
+HOST_PART_ROWS, DEVICE_PART_ROWS = 48, 384
 # Longest key block of the rectangular cover.
 KEY_BLOCK_TOKENS = 1 << 20
 
@@ -74,9 +75,9 @@ class Candidate:
     one after the other; ``states`` is where partial states wait between tasks: "memory" (of the computing device),
     "host" (of a GPU) or "disk".
     ``terms`` count against the budget of the computing device, ``host_terms`` against that of a GPU's host. A step is
-    run in parts of ``part_rows`` query rows, each of which should take ``part_s`` seconds at most. ``keys_stay``: all
-    key blocks of a group are resident together. The first and the last group are cut into ``edge_tiles`` query tiles;
-    see ``edges``.
+    run in parts of at most ``part_rows`` query rows, each of which should take ``part_s`` seconds at most; a run that
+    is slower than planned makes them shorter, in multiples of ``part_unit`` rows. ``keys_stay``: all key blocks of a
+    group are resident together. The first and the last group are cut into ``edge_tiles`` query tiles; see ``edges``.
     """
 
     cover: str
@@ -94,6 +95,7 @@ class Candidate:
     host_terms: tuple[MemoryTerm, ...] = ()
     part_rows: int = 1 << 62
     part_s: float = 0.0
+    part_unit: int = 1
     keys_stay: bool = False
     edge_tiles: int = 1
 
@@ -245,31 +247,33 @@ def _priced(
     moved = traffic(problem, work)
     chunks_at_once = set_size(parts[0]) if cover == "cqs" else parts[1] if work.keys_stay else 1
     keys_at_once = min(residency.key_chunk * chunks_at_once, problem.key_tokens)
-    part_rows, part_s = _parts(problem, machine, residency, keys_at_once)
+    part_rows, part_s, part_unit = _parts(problem, machine, residency, keys_at_once)
     if machine.gpu:
         return Candidate(
             cover, *parts, *group, states, residency, device_terms(problem, residency), moved, scratch,
             estimate_device_s(problem, residency, work, moved, machine.rates, machine.cache_bytes, states),
-            machine.tile_tokens, host_terms(problem, residency, states), part_rows, part_s,
+            machine.tile_tokens, host_terms(problem, residency, states), part_rows, part_s, part_unit,
             work.keys_stay, edge_tiles(problem, residency, parts, machine.rates),
         )  # fmt: skip
     return Candidate(
         cover, *parts, *group, states, residency, memory_terms(problem, residency), moved, scratch,
         estimate_s(problem, residency, work, moved, machine.rates, machine.cache_bytes), machine.tile_tokens,
-        part_rows=part_rows, part_s=part_s, keys_stay=work.keys_stay,
+        part_rows=part_rows, part_s=part_s, part_unit=part_unit, keys_stay=work.keys_stay,
     )  # fmt: skip
 
 
-def _parts(problem: Problem, machine: Machine, residency: Residency, keys: int) -> tuple[int, float]:
-    """How many query rows go against ``keys`` keys at once, and the seconds of that."""
-    rates, per_pair = machine.rates, 2 * (problem.head_dim + problem.value_dim)
-    pair_s = per_pair / rates.flops(problem.compute_dtype, machine.threads)
-    least, most_s = HOST_PART_ROWS, HOST_PART_S
+def _parts(problem: Problem, machine: Machine, residency: Residency, keys: int) -> tuple[int, float, int]:
+    """How many query rows go against ``keys`` keys at once, the seconds of that, and what parts are multiples of."""
+    rates, per_pair, heads = machine.rates, 2 * (problem.head_dim + problem.value_dim), residency.heads
     if machine.gpu:
-        pair_s, least, most_s = rates.device_s(problem.q.dtype, per_pair), rates.device_wave_rows, DEVICE_PART_S
-    row_s = residency.heads * keys * pair_s
-    rows = min(max(least, int(most_s / row_s) // least * least), residency.query_chunk)
-    return rows, rows * row_s
+        pair_s, most_s = rates.device_s(problem.q.dtype, per_pair), DEVICE_PART_S
+        unit = -(-rates.device_wave_rows // (heads * DEVICE_PART_ROWS)) * DEVICE_PART_ROWS
+    else:
+        pair_s, most_s = per_pair / rates.flops(problem.compute_dtype, machine.threads), HOST_PART_S
+        unit = -(-machine.threads // heads) * HOST_PART_ROWS
+    row_s = heads * keys * pair_s
+    rows = min(max(unit, int(most_s / row_s) // unit * unit), residency.query_chunk)
+    return rows, rows * row_s, unit
 
 
 def chunk_counts(problem: Problem, machine: Machine) -> list[int]:

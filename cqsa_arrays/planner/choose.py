@@ -10,6 +10,7 @@ from typing import Any
 
 from ..errors import ArgumentError, BudgetError
 from ..units import format_bytes, format_seconds
+from ..wording import Choice, Phrase
 from .candidates import (
     MOST_CHUNKS,
     Candidate,
@@ -54,7 +55,8 @@ def choose(
         remedy = "Leave it out to let the planner choose."
         raise ArgumentError("chunks", chunks, f"a number from 1 to {MOST_CHUNKS}", remedy)
     if chunks is not None and cover == "rectangular":
-        raise ArgumentError("chunks", chunks, "no number of chunks with cover='rectangular'", "Leave one of them out.")
+        expected = Phrase.of("no number of chunks with ", Choice("cover", cover))
+        raise ArgumentError("chunks", chunks, expected, "Leave one of them out.")
     if chunks is not None:
         cover = "cqs"
     quorums = list(cqs_candidates(problem, machine, budget.memory_bytes, chunks))
@@ -97,9 +99,10 @@ def take_over(problem: Problem, budget: Budget, machine: Machine, device: str, s
         chosen = rectangular_candidate(problem, machine, group, key_block, parts, keys_stay=stay)
     if chosen.memory_bytes > budget.memory_bytes or not _host_feeds(chosen, budget):
         raise BudgetError(
-            f"memory: to go on, this job needs {chosen.memory_bytes} bytes ({format_bytes(chosen.memory_bytes)}) on"
-            f" {device}, the budget is {format_bytes(budget.memory_bytes)} ({budget.origin})."
-        )
+            Choice("memory"), f": to go on, this job needs {chosen.memory_bytes} bytes"
+            f" ({format_bytes(chosen.memory_bytes)}) on {device}, the budget is {format_bytes(budget.memory_bytes)} (",
+            budget.origin, "). Pass ", Choice("memory", chosen.memory_bytes), " or more.",
+        )  # fmt: skip
     return Plan(problem, device, budget, chosen, None, "as the job was begun")
 
 
@@ -113,9 +116,10 @@ def _host_refusal(unfed: list[Candidate], budget: Budget) -> BudgetError:
     least = min(unfed, key=lambda c: c.host_bytes)
     largest = max(least.host_terms, key=lambda term: term.size_bytes)
     return BudgetError(
-        f"host_memory: {least.host_bytes} bytes are needed to feed the device, the budget is"
-        f' {format_bytes(budget.host_bytes)}; largest term "{largest.name}" {format_bytes(largest.size_bytes)}.'
-    )
+        Choice("host_memory"), f": {least.host_bytes} bytes are needed to feed the device, the budget is"
+        f' {format_bytes(budget.host_bytes)}; largest term "{largest.name}" {format_bytes(largest.size_bytes)}. Pass ',
+        Choice("host_memory", least.host_bytes, rare=True), " or more.",
+    )  # fmt: skip
 
 
 def _writes_too_much(candidate: Candidate) -> bool:
@@ -147,11 +151,12 @@ def _refusal(problem: Problem, budget: Budget, machine: Machine, cover: str, chu
     smallest = min(_smallest(problem, machine, cover, chunks), key=lambda c: c.memory_bytes)
     largest = max(smallest.terms, key=lambda term: term.size_bytes)
     return BudgetError(
-        f"memory: this problem does not fit {format_bytes(budget.memory_bytes)} ({budget.origin}); its smallest plan"
-        f" ({smallest.cover}) needs {smallest.memory_bytes} bytes ({format_bytes(smallest.memory_bytes)}), of which"
-        f' "{largest.name}" {format_bytes(largest.size_bytes)}.'
-        f" Pass memory={smallest.memory_bytes} or more."
-    )
+        Choice("memory"), f": this problem does not fit {format_bytes(budget.memory_bytes)} (", budget.origin,
+        f"); its smallest plan ({smallest.cover}) needs {smallest.memory_bytes} bytes"
+        f" ({format_bytes(smallest.memory_bytes)}), of which"
+        f' "{largest.name}" {format_bytes(largest.size_bytes)}. Pass ', Choice("memory", smallest.memory_bytes),
+        " or more.",
+    )  # fmt: skip
 
 
 def _smallest(problem: Problem, machine: Machine, cover: str, chunks: int | None) -> list[Candidate]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from ..kernels.cpu.tiles import BLOCK_KEYS, largest_scratch_bytes
-from ..kernels.cuda.variants import WHOLE_KEYS
 from .problem import Problem
 
 # Chunk borders are multiples of this many tokens: whole query panels and key blocks of every CPU kernel,
@@ -63,8 +62,7 @@ def needs_no_state(problem: Problem, key_parts: int) -> bool:
 
     Not those of a file: a job that is saved in the middle of a chunk keeps a state of its rows.
     """
-    longest = WHOLE_KEYS.get(problem.q.dtype, 0)
-    return problem.result.row_scalars == 0 and key_parts == 1 and problem.key_tokens <= longest
+    return problem.result.row_scalars == 0 and key_parts == 1
 
 
 def output_piece_rows(problem: Problem, heads: int) -> int:
@@ -90,6 +88,7 @@ def memory_terms(problem: Problem, residency: Residency) -> tuple[MemoryTerm, ..
         MemoryTerm("read and write staging", staging + r.threads * problem.result.staging_bytes),
         MemoryTerm("threads", (2 * r.threads + 1) * THREAD_BYTES),
         MemoryTerm("caches of the inputs", sum(operand.held_bytes for operand in (problem.q, problem.k, problem.v))),
+        MemoryTerm("chunks touched by a read", _touched_bytes(problem)),
         MemoryTerm("cover", r.cover_bytes),
         MemoryTerm("result", problem.output_bytes if problem.result.place == "new array" else 0),
     )
@@ -167,6 +166,7 @@ def host_terms(problem: Problem, residency: Residency, states: str) -> tuple[Mem
         MemoryTerm("read and write staging", _staging_bytes(problem)),
         MemoryTerm("threads", (READER_THREADS + OUTPUT_SLOTS + 1) * THREAD_BYTES),
         MemoryTerm("caches of the inputs", sum(operand.held_bytes for operand in operands)),
+        MemoryTerm("chunks touched by a read", _touched_bytes(problem)),
         MemoryTerm("cover", r.cover_bytes),
         MemoryTerm(
             "result", 0 if problem.result.on_device or problem.result.place != "new array" else problem.output_bytes
@@ -184,6 +184,11 @@ def _waiting_bytes(problem: Problem, r: Residency, states: str) -> int:
 def _staging_bytes(problem: Problem) -> int:
     inputs = max(operand.staging_bytes for operand in (problem.q, problem.k, problem.v))
     return READER_THREADS * inputs + OUTPUT_SLOTS * problem.result.staging_bytes
+
+
+def _touched_bytes(problem: Problem) -> int:
+    """HDF5 lets one thread in at a time, whichever file it reads, and uses the memory again."""
+    return max(operand.touched_bytes for operand in (problem.q, problem.k, problem.v))
 
 
 def _outgoing_bytes(problem: Problem, residency: Residency) -> int:

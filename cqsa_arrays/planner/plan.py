@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import asdict, dataclass, field
-from itertools import product
+from dataclasses import asdict, dataclass
 
 from ..cover import Cover, set_size
+from ..errors import one_line
+from ..gpu_models import DEFAULT_MODEL, MODELS
 from ..masks import Causal
-from ..ranges import Range
-from ..units import format_bytes, format_seconds
+from ..tables import html_of_text
+from ..units import counted, format_bytes, format_seconds
+from ..wording import Choice
 from .candidates import Candidate
 from .durability import Durability
 from .edges import edge_covers
+from .groups import Groups
 from .memory import DISK, HOST, MEMORY, MemoryTerm, total_bytes
 from .problem import Problem
 
@@ -22,22 +25,14 @@ from .problem import Problem
 class Budget:
     """Bytes that the run may hold resident, where they come from, and the directory for states that do not fit.
 
+    ``scratch`` is that directory, None for the system's own.
     Where a GPU computes, ``memory_bytes`` bounds the GPU and ``host_bytes`` its host.
     """
 
     memory_bytes: int
-    origin: str
-    scratch: str
+    origin: str | Choice
+    scratch: str | None
     host_bytes: int | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class Group:
-    """Heads that go through the cover together; ``index`` is its place among the groups of a plan."""
-
-    batch: Range
-    heads: Range
-    index: int = field(default=0, compare=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,11 +83,9 @@ class Plan:
         return self.chosen.residency.state_row_bytes == 0
 
     @property
-    def groups(self) -> tuple[Group, ...]:
+    def groups(self) -> Groups:
         """The groups of heads, in the order in which they run."""
-        batches = Range(0, self.problem.batch).split(self.chosen.batches)
-        heads = Range(0, self.problem.heads).split(self.chosen.heads)
-        return tuple(Group(b, h, i) for i, (b, h) in enumerate(product(batches, heads)))
+        return Groups(self.problem.batch, self.chosen.batches, self.problem.heads, self.chosen.heads)
 
     def build_cover(self) -> Cover:
         """The cover of one group."""
@@ -119,7 +112,7 @@ class Plan:
             "device": self.device,
             "kernel": self.kernel,
             "problem": self.problem.to_dict(),
-            "budget": asdict(self.budget),
+            "budget": {**asdict(self.budget), "origin": str(self.budget.origin)},
             "memory_bytes": self.memory_bytes,
             "flops": self.problem.flops,
             "reason": self.reason,
@@ -136,35 +129,52 @@ class Plan:
         lines = [*self._problem_lines(), "", *self._cover_lines(), "", *self._memory_lines(), "", *self._price_lines()]
         return "\n".join(lines)
 
+    def __repr__(self) -> str:
+        c = self.chosen
+        memory = f"{format_bytes(self.memory_bytes)} of {format_bytes(self.budget.memory_bytes)}"
+        return f"<Plan {self.identity}: {c.cover} on {self.device}, {memory}, about {format_seconds(c.estimated_s)}>"
+
+    def _repr_html_(self) -> str:
+        return html_of_text(str(self))
+
     def _problem_lines(self) -> list[str]:
         p = self.problem
         mask = f"causal, offset {p.mask.offset}" if isinstance(p.mask, Causal) else "full"
-        threads = f", {_counted(self.chosen.residency.threads, 'thread')}" if self.device == "cpu" else ""
+        threads = f", {counted(self.chosen.residency.threads, 'thread')}" if self.device == "cpu" else ""
         return [
             f"plan {self.identity} on {self.device}{threads}",
+            *self._model_lines(),
             f"  attention    batch {p.batch}, heads {p.heads}, queries {p.query_tokens:,}, keys {p.key_tokens:,},"
             f" D {p.head_dim}, Dv {p.value_dim}, {mask}",
             f"  arithmetic   {p.q.dtype} -> {p.compute_dtype}, {p.flops:.3g} floating-point operations",
             *([f"  kernel       {self.kernel}"] if self.kernel else []),
-            *(f"  {name:<12} {getattr(p, name).description}" for name in ("q", "k", "v")),
-            f"  output       {p.result.description}, {p.result.dtype}, {format_bytes(p.output_bytes)}",
+            *(f"  {name:<12} {one_line(getattr(p, name).description)}" for name in ("q", "k", "v")),
+            f"  output       {one_line(p.result.description)}, {p.result.dtype}, {format_bytes(p.output_bytes)}",
         ]
+
+    def _model_lines(self) -> list[str]:
+        """Says so where the device is a model that is not here."""
+        model = MODELS.get(self.device.removeprefix("cuda:"))
+        if model is None:
+            return []
+        rates = "" if model is MODELS[DEFAULT_MODEL] else f"; times are those of an {MODELS[DEFAULT_MODEL].title}"
+        return [f"  model        {model.title}, {format_bytes(model.total_bytes)}, not a GPU of this machine{rates}"]
 
     def _cover_lines(self) -> list[str]:
         c, p = self.chosen, self.problem
         if c.cover == "cqs":
             size = set_size(c.query_parts)
             share = f"{size / c.query_parts:.1%} of the tokens"
-            shape = f"{_counted(c.query_parts, 'task')} of {_counted(size, 'chunk')} ({share})"
+            shape = f"{counted(c.query_parts, 'task')} of {counted(size, 'chunk')} ({share})"
         else:
             stay = ", which stay" if c.keys_stay else ""
-            shape = f"{_counted(c.query_parts, 'query tile')}, each against {_counted(c.key_parts, 'key block')}{stay}"
+            shape = f"{counted(c.query_parts, 'query tile')}, each against {counted(c.key_parts, 'key block')}{stay}"
         places = {
             MEMORY: "in memory", HOST: "in page-locked memory of the host", DISK: "in a scratch file, two slots each",
         }[c.states]  # fmt: skip
         places = "none: each launch finishes its rows" if self.no_states else places
-        groups = _counted(len(self.groups), "group")
-        together = f"{c.batches * c.heads} of {p.batch * p.heads} heads together, {groups}"
+        groups = counted(len(self.groups), "group")
+        together = f"{c.batches * c.heads} of {counted(p.batch * p.heads, 'head')} together, {groups}"
         if c.edge_tiles > 1:
             together += f", the first and the last in {c.edge_tiles} tiles"
         return [
@@ -207,10 +217,6 @@ class Plan:
             f"{format_bytes(t.output_written_bytes):>12}", f"{format_bytes(disk):>12}",
         )  # fmt: skip
         return f"    {c.cover:<14}{''.join(cells)}  {remark}"
-
-
-def _counted(count: int, what: str) -> str:
-    return f"{count:,} {what}{'s' * (count != 1)}"
 
 
 def _term_line(term: MemoryTerm) -> str:

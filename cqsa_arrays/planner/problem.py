@@ -23,6 +23,7 @@ class Operand:
     held_bytes: int
     description: str
     on_disk: bool = True
+    touched_bytes: int = 0
 
     @property
     def file_bytes(self) -> int:

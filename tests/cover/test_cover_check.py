@@ -88,7 +88,7 @@ def covers(draw):
 
 
 @given(covers(), st.sampled_from([without, doubled]), st.data())
-@settings(max_examples=400, deadline=None, derandomize=True, database=None)
+@settings(max_examples=150, deadline=None, derandomize=True, database=None)
 def test_one_wrong_pair_is_found_and_named(cover, change, data) -> None:
     check_cover(cover)
     index, queries, keys = data.draw(st.sampled_from(all_pairs(cover)))
@@ -98,7 +98,7 @@ def test_one_wrong_pair_is_found_and_named(cover, change, data) -> None:
 
 
 @given(covers(), st.data())
-@settings(max_examples=300, deadline=None, derandomize=True, database=None)
+@settings(max_examples=100, deadline=None, derandomize=True, database=None)
 def test_a_double_cannot_hide_a_hole(cover, data) -> None:
     """Of one task's pairs of a query range, one is dropped and another held twice: the counts may well agree."""
     index, queries, keys = data.draw(st.sampled_from(all_pairs(cover)))
@@ -216,7 +216,7 @@ def test_a_mask_that_contradicts_itself_is_reported() -> None:
 
 
 @given(st.integers(1, 40), tokens, tokens, tiles, masks)
-@settings(max_examples=300, deadline=None, derandomize=True, database=None)
+@settings(max_examples=100, deadline=None, derandomize=True, database=None)
 def test_residues_agree_with_counting(c, query_tokens, key_tokens, tile, mask) -> None:
     cover = CqsCover(Cut(query_tokens, c, tile), Cut(key_tokens, c, tile), mask)
     assert check_residues(cover).visible_pairs == check_cover(cover).counted_pairs

@@ -15,7 +15,7 @@ from cqsa_arrays.errors import ArgumentError
 from cqsa_arrays.masks import Causal, Full
 from cqsa_arrays.ranges import Cut, Range
 
-THOROUGH = settings(max_examples=1500, deadline=None, derandomize=True, database=None)
+THOROUGH = settings(max_examples=300, deadline=None, derandomize=True, database=None)
 
 tokens, tiles, parts = st.integers(0, 40), st.integers(1, 7), st.integers(1, 45)
 masks = st.one_of(

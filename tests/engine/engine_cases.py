@@ -32,7 +32,7 @@ class FakeSource:
     block and raise.
     """
 
-    held_bytes = 0
+    held_bytes = touched_bytes = 0
 
     def __init__(self, name, array, log, *, in_place=False, token_major=False, fail_at=None, error=None) -> None:
         self.name, self.array, self.log = name, array, log

@@ -15,7 +15,6 @@ import types
 from collections.abc import Callable
 from contextlib import contextmanager
 from importlib.machinery import ModuleSpec
-from pathlib import Path
 from tempfile import TemporaryDirectory
 from types import SimpleNamespace
 from unittest.mock import patch
@@ -207,10 +206,11 @@ def array_at(ptr: int, shape: tuple[int, ...], strides, dtype: np.dtype) -> np.n
 class Function:
     """``attend`` as call.cuh describes it."""
 
+    ptr = 0
+
     def __init__(self, element: int) -> None:
         self._element = KINDS[element]
         self._real = np.dtype("f8" if self._element == np.float64 else "f4")
-        self.max_dynamic_shared_size_bytes = 0
 
     def __call__(self, grid, block, arguments, shared_mem=0) -> None:
         call = arguments[0].copy().view(CALL)
@@ -278,13 +278,17 @@ class Nvrtc:
     def getVersion() -> tuple[int, int]:
         return 13, 0
 
+    @staticmethod
+    def getSupportedArchs() -> tuple[int, ...]:
+        return 75, 80, 90, 100
+
     def createProgram(self, text: str, name: str, headers: tuple[str, ...], includes: tuple[str, ...]) -> int:
         assert "attend" in text
         return 0
 
     def compileProgram(self, program: int, options: tuple[str, ...]) -> None:
         self.options, self.compiled = list(options), self.compiled + 1
-        if "-arch=sm_90a" not in options:
+        if not set(self.options) & {"-arch=sm_90", "-arch=sm_90a"}:
             raise self.NVRTCError("compilation failed")
 
     def getProgramLog(self, program: int) -> str:
@@ -297,10 +301,11 @@ class Nvrtc:
         self.options = []
 
 
-class RawModule:
-    def __init__(self, code: str = "", options: tuple[str, ...] = (), path: str | None = None) -> None:
-        if path is not None:
-            options = tuple(Path(path).read_text().split("\n"))
+class Module:
+    """A module is loaded from the options that it was compiled with."""
+
+    def load(self, code: bytes) -> None:
+        options = code.decode().split("\n")
         defines = dict(option[2:].split("=") for option in options if option.startswith("-D"))
         self._element = int(defines["ELEMENT"])
 
@@ -327,11 +332,14 @@ def modules() -> dict[str, types.ModuleType]:
         "cupy.cuda",
         Device=Device, Event=Event, Memory=Memory, MemoryPointer=lambda memory, offset: (memory, offset),
         PinnedMemory=PinnedMemory, PinnedMemoryPointer=lambda memory, offset: memory.bytes, Stream=Stream,
-        get_current_stream=get_current_stream, runtime=runtime, nvrtc=Nvrtc(),
+        get_current_stream=get_current_stream, runtime=runtime, nvrtc=Nvrtc(), Module=Module,
+        driver=types.SimpleNamespace(
+            CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES=8, funcSetAttribute=lambda function, attribute, value: None
+        ),
     )  # fmt: skip
     cupy = module(
         "cupy",
-        RawModule=RawModule, cuda=cuda, ndarray=Array, empty=lambda shape, dtype: Array(shape, dtype),
+        cuda=cuda, ndarray=Array, empty=lambda shape, dtype: Array(shape, dtype),
         full=lambda shape, value, dtype: np.full(shape, value, dtype).view(Array),
         zeros=lambda shape, dtype: np.zeros(shape, dtype).view(Array), may_share_memory=np.may_share_memory,
         asarray=lambda array: np.asarray(array).view(Array), asnumpy=lambda array: array.get(),

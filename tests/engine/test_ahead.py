@@ -49,7 +49,7 @@ class Immediately:
         future.set_result(work(*arguments))
         return future
 
-    def shutdown(self, **_options) -> None:
+    def close(self, **_options) -> None:
         """Nothing to stop."""
 
 
@@ -61,7 +61,7 @@ def works(length: int | None = None):
 
 @pytest.fixture(autouse=True)
 def at_once(monkeypatch) -> None:
-    monkeypatch.setattr(ahead, "ThreadPoolExecutor", Immediately)
+    monkeypatch.setattr(ahead, "Pool", Immediately)
 
 
 @pytest.mark.parametrize(("distance", "most"), [(0, 1), (1, 1), (35, 4), (40, 4)])

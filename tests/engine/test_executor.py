@@ -60,7 +60,7 @@ class Immediately:
             future.set_exception(error)
         return future
 
-    def shutdown(self, **_options) -> None:
+    def close(self, **_options) -> None:
         """No thread, nothing to stop."""
 
 
@@ -278,7 +278,7 @@ def unasked(one: Case, plan) -> list[tuple[int, tuple]]:
 
 @by_plan
 def test_blocks_of_the_next_step_are_read_ahead_before_they_are_read(make, tmp_path, monkeypatch) -> None:
-    monkeypatch.setattr(ahead, "ThreadPoolExecutor", Immediately)
+    monkeypatch.setattr(ahead, "Pool", Immediately)
     one = case(queries=700, keys=750, batch=2, heads=2, mask=Causal(200))
     plan = make(one, tmp_path)
     steps = replay(plan)
@@ -288,13 +288,13 @@ def test_blocks_of_the_next_step_are_read_ahead_before_they_are_read(make, tmp_p
 
 @pytest.mark.parametrize("name", ["cqs 7, a head at a time", "rectangular 4 x 3"])
 def test_so_are_blocks_that_the_step_before_drives_out(name, tmp_path, monkeypatch) -> None:
-    monkeypatch.setattr(ahead, "ThreadPoolExecutor", Immediately)
+    monkeypatch.setattr(ahead, "Pool", Immediately)
     one = case(queries=700, keys=570, batch=2, heads=2)
     assert unasked(one, PLANS[name](one, tmp_path)) == []
 
 
 def test_what_is_resident_is_not_read_ahead(monkeypatch) -> None:
-    monkeypatch.setattr(ahead, "ThreadPoolExecutor", Immediately)
+    monkeypatch.setattr(ahead, "Pool", Immediately)
     one = case(queries=7 * TILE, keys=90, heads=1)
     one.run(one.rectangular(7, TILE))
     # Asked for while the first step's own blocks were not read yet; never again afterwards.
@@ -326,7 +326,7 @@ def test_reading_ahead_is_never_waited_for() -> None:
 
 
 def test_an_error_of_reading_ahead_ends_the_run(monkeypatch) -> None:
-    monkeypatch.setattr(ahead, "ThreadPoolExecutor", Immediately)
+    monkeypatch.setattr(ahead, "Pool", Immediately)
     one = case(queries=7 * TILE, heads=1)
 
     def broken(batch, heads, tokens) -> None:

@@ -10,7 +10,7 @@ from engine_cases import TILE, Counter, case
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cqsa_arrays.engine import ProgressBar, Silent
+from cqsa_arrays.engine import ProgressBar, Silent, progress
 from cqsa_arrays.masks import Causal, Full
 
 
@@ -116,3 +116,43 @@ def test_several_threads_may_tell_it_of_work(monkeypatch) -> None:
         thread.join()
     assert bar._bar.n == 8000
     bar.close()
+
+
+def test_a_log_gets_a_line_now_and_then(monkeypatch) -> None:
+    """As often as ``LINE_S`` says, each with the share done, the rate and the time left."""
+    stream, now = Pipe(), [100.0]
+    monkeypatch.setattr(sys, "stderr", stream)
+    monkeypatch.setattr(progress.time, "monotonic", lambda: now[0])
+    bar = ProgressBar(1000, int(128e12), done_pairs=200)
+    for _ in range(8):  # 100 pairs in 25 seconds each: lines after 75, 150 and so on
+        now[0] += 25
+        bar.advance(100)
+    bar.close()
+    lines = stream.getvalue().splitlines()
+    assert lines == ["attend: 50.0% done, 512 GFLOP/s, 2 min 5 s left", "attend: 80.0% done, 512 GFLOP/s, 50 s left"]
+
+
+def test_a_run_of_less_than_a_minute_writes_nothing_to_a_log(monkeypatch) -> None:
+    stream, now = Pipe(), [0.0]
+    monkeypatch.setattr(sys, "stderr", stream)
+    monkeypatch.setattr(progress.time, "monotonic", lambda: now[0])
+    bar = ProgressBar(10, 100)
+    now[0] = 59.0
+    bar.advance(10)
+    bar.close()
+    assert stream.getvalue() == ""
+
+
+class Closed(Pipe):
+    def write(self, text: str) -> int:
+        raise BrokenPipeError
+
+
+@pytest.mark.parametrize("stream", [None, Closed()], ids=["none", "closed"])
+def test_a_log_that_nobody_reads_does_not_end_the_run(stream, monkeypatch, capfd) -> None:
+    bar = ProgressBar(10, 100)
+    monkeypatch.setattr(progress, "LINE_S", 0.0)
+    monkeypatch.setattr(sys, "stderr", stream)
+    bar.advance(5)
+    bar.close()
+    assert capfd.readouterr().out == ""

@@ -16,7 +16,7 @@ import cqsa_arrays as cqsa
 from cqsa_arrays import Options
 from cqsa_arrays.job import Request, attend, collect_statistics, prepared
 
-RANDOM = settings(max_examples=200, deadline=None, derandomize=True, database=None)
+RANDOM = settings(max_examples=80, deadline=None, derandomize=True, database=None)
 TOLERANCE = {"float16": 6e-4, "float32": 1e-6, "float64": 1e-13}
 PLACES = {
     "host": lambda array: array,

@@ -18,7 +18,7 @@ from cqsa_arrays.planner.candidates import (
 )
 from cqsa_arrays.planner.memory import TILE_TOKENS
 
-THOROUGH, BRIEF = (settings(max_examples=n, deadline=None, derandomize=True, database=None) for n in (2000, 300))
+THOROUGH, BRIEF = (settings(max_examples=n, deadline=None, derandomize=True, database=None) for n in (300, 100))
 MACHINE = Machine(2, 16 << 30, Rates())
 ITEMSIZE = {"float16": 2, "bfloat16": 2, "float32": 4, "float64": 8}
 
@@ -37,6 +37,7 @@ def problem(
     token_major=False,
     staging=0,
     held=0,
+    touched=0,
     place="file",
     row_scalars=None,
     result_dtype=None,
@@ -51,7 +52,8 @@ def problem(
 
     def operand(name: str, tokens: int, width: int) -> Operand:
         shape, size = (batch, heads, tokens, width), ITEMSIZE[dtype]
-        return Operand(shape, dtype, size, in_place, token_major, staging, held, f"qkv.h5:/{name}")
+        where = f"qkv.h5:/{name}"
+        return Operand(shape, dtype, size, in_place, token_major, staging, held, where, touched_bytes=touched)
 
     result = Result(
         result_dtype, ITEMSIZE[result_dtype], place, row_scalars, result_staging, "out.h5:/out", holds_states
@@ -94,6 +96,7 @@ def problems(draw) -> Problem:
         token_major=draw(st.booleans()),
         staging=draw(st.sampled_from([0, 1 << 20])),
         held=draw(st.sampled_from([0, 1 << 20])),
+        touched=draw(st.sampled_from([0, 1 << 19])),
         place=place,
         result_staging=1 << 20 if place == "file" else 0,
         holds_states=place != "file" and wide and draw(st.booleans()),

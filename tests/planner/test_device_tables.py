@@ -48,7 +48,8 @@ def whole(size_bytes: int) -> int:
 CASES = {
     # 7 tiles of 128 tokens in 7 chunks: of two tasks that share a chunk, 2 * 3 - 1 chunks are there at once.
     "cqs": (
-        problem(heads=2, queries=896, dim=64, value_dim=32, dtype="float16", staging=5000, held=20, result_staging=700),
+        problem(heads=2, queries=896, dim=64, value_dim=32, dtype="float16", staging=5000, held=20, touched=9,
+                result_staging=700),
         lambda one: cqs_candidate(one, MACHINE, (1, 2), "memory", 7),
         {
             "key chunks": 2 * 5 * 128 * 64 * 2, "value chunks": 2 * 5 * 128 * 32 * 2,
@@ -58,7 +59,7 @@ CASES = {
         {
             "page-locked pieces": PINNED, "page-locked output": OUTPUT_SLOTS * PINNED_PIECE_BYTES,
             "read and write staging": READER_THREADS * 5000 + OUTPUT_SLOTS * 700, "threads": THREADS,
-            "caches of the inputs": 60, "cover": 7 * 32,
+            "caches of the inputs": 60, "chunks touched by a read": 9, "cover": 7 * 32,
         },
     ),
     # One head after the other: a chunk of the next has a place for its states while those of the last one leave.
@@ -173,10 +174,10 @@ CASES = {
         {},
         {"threads": THREADS, "cover": 32},
     ),
-    "in place, more keys than one launch accumulates": (
-        on_device(problem(queries=1000, keys=(1 << 20) + 1, dim=8, dtype="float16", in_place=True)),
+    "in place, however many keys in one launch": (
+        on_device(problem(queries=1000, keys=(1 << 24) + 1, dim=8, dtype="float32", in_place=True)),
         lambda one: cqs_candidate(one, MACHINE, (1, 1), "memory", 1),
-        {"states": whole(1000 * 10 * 4)},
+        {},
         {"threads": THREADS, "cover": 32},
     ),
     "in place, several launches": (
@@ -187,9 +188,9 @@ CASES = {
     ),
     "in place, states in the result": (
         on_device(problem(queries=1000, dim=8, in_place=True, holds_states=True)),
-        lambda one: cqs_candidate(one, MACHINE, (1, 1), "memory", 1),
-        {"states": whole(1000 * 2 * 4)},
-        {"threads": THREADS, "cover": 32},
+        lambda one: cqs_candidate(one, MACHINE, (1, 1), "memory", 3),
+        {"states": 3 * whole(384 * 2 * 4)},
+        {"threads": THREADS, "cover": 96},
     ),
 }
 # fmt: on

@@ -31,13 +31,14 @@ THREADS = 5 * (256 << 10)
 CASES = {
     # 7 tiles of 96 tokens in 7 chunks: tasks hold 3 chunks of 96 keys of both heads.
     "cqs, states in memory": (
-        problem(heads=2, queries=672, dim=64, value_dim=32, dtype="float16", staging=5000, held=20, result_staging=700),
+        problem(heads=2, queries=672, dim=64, value_dim=32, dtype="float16", staging=5000, held=20, touched=9,
+                result_staging=700),
         lambda one: cqs_candidate(one, MACHINE, (1, 2), "memory", 7),
         {
             "key chunks": 2 * 3 * 96 * 64 * 4, "value chunks": 2 * 3 * 96 * 32 * 4, "query chunk": 2 * 96 * 64 * 4,
             "states": 2 * 672 * (32 + 2) * 4, "kernel scratch": 2 * SCRATCH_96,
             "output pieces": 2 * 2 * 96 * (32 + 2) * 4, "read and write staging": 5000 + 2 * 700, "threads": THREADS,
-            "caches of the inputs": 60, "cover": 7 * 32,
+            "caches of the inputs": 60, "chunks touched by a read": 9, "cover": 7 * 32,
         },
     ),
     # The same with one head at a time and one chunk's states in memory.

@@ -24,6 +24,8 @@ from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic
 
+from ...compiled import kept_on_disk
+
 DRIVER_FUNCTIONS = (
     "cuCtxSetCurrent", "cuMemcpyHtoDAsync_v2", "cuMemcpyDtoHAsync_v2", "cuEventRecord", "cuEventSynchronize",
     "cuStreamWaitEvent",
@@ -162,7 +164,8 @@ def _send_shares(functions, pinned, bill, stream):
         _put(bill + 8 * _BEGUN, _NO_MORE)
 
 
-@nb.njit(nogil=True, cache=True)
+@kept_on_disk
+@nb.njit(nogil=True)
 def send(functions, pinned, bill, stream, patience):
     """Put copies of a shipment on ``stream``, share by share beside other threads; 0 or the driver's error.
 
@@ -174,7 +177,8 @@ def send(functions, pinned, bill, stream, patience):
     return _of(bill, _FAILED)
 
 
-@nb.njit(nogil=True, cache=True)
+@kept_on_disk
+@nb.njit(nogil=True)
 def serve(functions, pinned, board, semaphore, stream, patience):
     """Send what is posted on ``board``, beside other threads, each woken by a semaphore of its own; until the end.
 
@@ -195,7 +199,8 @@ def serve(functions, pinned, board, semaphore, stream, patience):
         taken += 1
 
 
-@nb.njit(cache=True)
+@kept_on_disk
+@nb.njit
 def post(functions, board, semaphores, bill):
     """Have a shipment sent by those who serve the board; 0 is the end."""
     posted = board[0]
@@ -205,7 +210,8 @@ def post(functions, board, semaphores, bill):
         _call(functions[_WAKE], (semaphore,))
 
 
-@nb.njit(nogil=True, cache=True)
+@kept_on_disk
+@nb.njit(nogil=True)
 def receive(functions, pinned, region, stream, ready, asleep):
     """Fill ``region`` from the device, behind the event ``ready``, if not 0; 0 or the driver's error.
 

@@ -20,6 +20,7 @@ from ...planner.memory import DISK, HOST, OUTPUT_SLOTS, PINNED_PIECES, READER_TH
 from ...ranges import Range
 from ...storage import ArraySink
 from ...storage.dtypes import SUPPORTED
+from ...wording import Choice
 from ...workers import Workers, kept_workers
 from ..resident import Inputs, Operands
 from ..results import OutputResults, Results, StatisticsResults
@@ -90,6 +91,10 @@ class DeviceResident:
         _preload(self.operands, self.link, upcoming)  # the rest, in places of blocks that this launch reads
         if upcoming is not None and upcoming.step is not None and upcoming.group == self.group:
             self.states.preload(upcoming.step.queries)
+
+    def catch_up(self) -> bool:
+        """Wait for the launch that was put on the device first; False where none is under way."""
+        return self.kernel.catch_up()
 
     def take(self, group: Group, rows: Range, *, in_place: bool) -> None:
         """Hand out ``rows``, which are finished once their lane has come so far."""
@@ -258,4 +263,5 @@ def _translated_errors(device: str) -> Iterator[None]:
     try:
         yield
     except (CUDARuntimeError, CUDADriverError) as error:
-        raise DeviceError(f"{device}: {error}. The run was stopped; compute on the CPU with device='cpu'.") from error
+        said = f"{device}: {error}. The run was stopped; compute on the CPU with "
+        raise DeviceError(said, Choice("device", "cpu"), ".") from error
