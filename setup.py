@@ -10,7 +10,8 @@ VERSION = re.search(r'__version__ = "(.+?)"', (HERE / "cqsa_arrays" / "version.p
 PLOT = ["matplotlib>=3.8"]
 # The compiler that the tests of CUDA code need; no GPU and no other part of CUDA.
 NVRTC = "nvidia-cuda-nvrtc>=13"
-TEST = ["pytest>=8", "hypothesis>=6", NVRTC, *PLOT]
+# joblib and distributed: what people send between processes must arrive.
+TEST = ["pytest>=8", "hypothesis>=6", "joblib>=1.4", "distributed>=2024.8", NVRTC, *PLOT]
 
 setup(
     name="cqsa-arrays",

@@ -1,11 +1,12 @@
 """Pictures: the result of the demonstration, and the cover that divides the work.
 
-``python -m cqsa_arrays.plots cover.svg`` draws the cover. Matplotlib is the extra ``cqsa-arrays[plot]``; figures are
+``python -m cqsa_arrays.plots cover.svg`` draws the cover. Matplotlib comes with the extra ``plot``; figures are
 made without pyplot, so that nothing of the caller's Matplotlib is touched.
 """
 
 from __future__ import annotations
 
+import argparse
 import os
 import sys
 from typing import TYPE_CHECKING, Any
@@ -13,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from .cover import Cover, CqsCover, RectangularCover
-from .errors import CqsaError
+from .errors import CqsaError, one_line
 from .masks import Full, Mask
 from .ranges import Cut
 from .units import format_bytes
@@ -27,20 +28,34 @@ if TYPE_CHECKING:
 
 INK, FAINT, ACCENT, SECOND = "#1f2933", "#b8c0c8", "#0f766e", "#c2703d"
 
+SUFFIXES = (".svg", ".png", ".pdf")
+"""Of pictures that can be written."""
+
 SHOWN_FROM_S, SHOWN_S = 45.0, 5.0
 """The seconds of the recording that are drawn: normal beats and premature ones. A shorter one shows its beginning."""
 
 
 class PlotError(CqsaError, ImportError):
-    """Matplotlib is not installed."""
+    """Matplotlib is not installed, or cannot be loaded."""
+
+
+def need_no_backend() -> None:
+    """Let Matplotlib load, whatever backend the surroundings name; for processes that are the command's own.
+
+    Figures are made without one. Notebooks name theirs to all their children, and Matplotlib does not load where that
+    is not installed.
+    """
+    os.environ["MPLBACKEND"] = "agg"
 
 
 def new_figure(width_in: float, height_in: float) -> Figure:
-    """An empty figure; Matplotlib is imported here. Raises PlotError where it is missing."""
+    """An empty figure; Matplotlib is imported here. Raises PlotError where it is missing or cannot be loaded."""
     try:
         from matplotlib.figure import Figure
-    except ImportError as error:
-        raise PlotError("no plot: Matplotlib is missing. Install it with: pip install 'cqsa-arrays[plot]'") from error
+    except ModuleNotFoundError as error:
+        raise PlotError("no plot: Matplotlib is missing. Install it with: pip install matplotlib") from error
+    except (ImportError, OSError, ValueError) as error:  # built for another NumPy, no place for its files, its settings
+        raise PlotError(f"no plot: Matplotlib cannot be loaded: {one_line(str(error))}") from error
     return Figure(figsize=(width_in, height_in), layout="constrained")
 
 
@@ -49,7 +64,7 @@ def plot_demo(
 ) -> None:
     """Write a PNG: a few seconds of the signals, how much noise is left, and memory beside the score matrix's.
 
-    Raises PlotError without Matplotlib.
+    Raises PlotError without Matplotlib, OSError where the file cannot be written.
     """
     figure = new_figure(10, 7.2)
     grid = figure.add_gridspec(3, 2, height_ratios=(1.25, 1.25, 1))
@@ -215,10 +230,20 @@ def _pale(share: float) -> tuple[float, float, float]:
 
 def main(arguments: list[str]) -> int:
     """``python -m cqsa_arrays.plots FILE``: draw the cover."""
-    if len(arguments) != 1:
-        print("usage: python -m cqsa_arrays.plots FILE.svg", file=sys.stderr)
+    description = "Draw the cover that divides the work: CQS Divide beside rectangles."
+    parser = argparse.ArgumentParser(prog="python -m cqsa_arrays.plots", description=description)
+    parser.add_argument("file", metavar="FILE.svg", help="picture to write, by its suffix .svg, .png or .pdf")
+    try:
+        path = parser.parse_args(arguments).file
+        if not path.lower().endswith(SUFFIXES):
+            parser.error(f"found {path!r}; expected a name that ends with {', '.join(SUFFIXES)}")
+        need_no_backend()
+        draw_cover(path)
+    except (PlotError, OSError) as error:
+        print(f"{parser.prog}: {error}", file=sys.stderr)
         return 2
-    draw_cover(arguments[0])
+    except SystemExit as left:  # of argparse
+        return int(left.code or 0)
     return 0
 
 

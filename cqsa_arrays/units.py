@@ -1,4 +1,4 @@
-"""Bytes: written by people as "512MiB", kept by the code as whole bytes."""
+"""Amounts as people write them: bytes "512MiB" or "1G", counts "10k" or "1e5", seconds "90s"; and as they read them."""
 
 from __future__ import annotations
 
@@ -7,25 +7,33 @@ from fractions import Fraction
 from numbers import Integral, Real
 
 from .errors import ArgumentError
+from .wording import Choice, Phrase
 
-_FACTORS = {
-    "": 1, "B": 1,
-    "KIB": 1 << 10, "MIB": 1 << 20, "GIB": 1 << 30, "TIB": 1 << 40,
-    "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12,
-}  # fmt: skip
+# A letter alone is binary, as to dd, docker, java and SLURM.
+_FACTORS = {"": 1, "B": 1} | {
+    f"{letter}{rest}": 10 ** (3 * power) if rest == "B" else 1 << (10 * power)
+    for power, letter in enumerate("KMGT", start=1)
+    for rest in ("", "I", "IB", "B")
+}
 _PATTERN = re.compile(r"\s*(\d{1,30}(?:\.\d{0,30})?|\.\d{1,30})\s*([A-Za-z]*)\s*", re.ASCII)
 
-_UNITS_S = {"": 1, "s": 1, "min": 60, "h": 3600, "d": 86400}
+_COUNT = re.compile(
+    r"\s*([+-]?)(\d{1,3}(?:_\d{3}){0,12}|\d{1,40})(\.\d{1,30})?(?:e\+?(\d{1,2}))?\s*([kMGT]?)\s*",
+    re.ASCII | re.IGNORECASE,
+)
+_THOUSANDS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
+
+_UNITS_S = {"": 1, "s": 1, "sec": 1, "m": 60, "min": 60, "h": 3600, "hr": 3600, "d": 86400}
 _TIME = re.compile(r"\s*(\d{1,15}(?:\.\d{0,15})?|\.\d{1,15})\s*([A-Za-z]*)\s*", re.ASCII)
 
 
 def parse_bytes(value: int | str, argument: str) -> int:
-    """Whole bytes of ``value``: an int, or text such as "512MiB", "1.5 GiB" or "2GB".
+    """Whole bytes of ``value``: an int, or text such as "512MiB", "1.5 GiB" or "2GB"; "1G" and "1Gi" are "1GiB".
 
     Raises ArgumentError, naming ``argument``, for anything else and for less than one byte.
 
-    >>> parse_bytes("1.5 KiB", "memory")
-    1536
+    >>> parse_bytes("1.5 KiB", "memory"), parse_bytes("1K", "memory"), parse_bytes("1KB", "memory")
+    (1536, 1024, 1000)
     """
     if isinstance(value, Integral) and not isinstance(value, bool):
         if value >= 1:
@@ -38,9 +46,24 @@ def parse_bytes(value: int | str, argument: str) -> int:
     raise ArgumentError(
         argument,
         repr(value),
-        'a positive number of bytes, as an int or as text with B, KiB, MiB, GiB, TiB, KB, MB, GB or TB ("512MiB")',
-        f"Pass for example {argument}='2GiB'.",
+        "a positive number of bytes, as an int or as text with B, KiB, MiB, GiB, TiB (or K, M, G, T), KB, MB, GB or TB"
+        ' ("512MiB")',
+        Phrase.of("Pass for example ", Choice(argument, "2GiB"), "."),
     )
+
+
+def parse_count(text: str) -> int:
+    """The whole number that ``text`` says: "100000", "100_000", "1e5", "100k" or "0.1M". ValueError for other text.
+
+    >>> parse_count("1e5"), parse_count("10k"), parse_count("-3"), parse_count("1.5M")
+    (100000, 10000, -3, 1500000)
+    """
+    if match := _COUNT.fullmatch(text):
+        sign, whole, part, power, letter = match.groups(default="")
+        number = Fraction(whole.replace("_", "") + part) * 10 ** int(power or 0) * _THOUSANDS[letter.upper()]
+        if number.denominator == 1:
+            return -int(number) if sign == "-" else int(number)
+    raise ValueError(f"not a whole number: {text!r}")
 
 
 def parse_seconds(value: float | str, argument: str) -> float:
@@ -57,7 +80,17 @@ def parse_seconds(value: float | str, argument: str) -> float:
     if isinstance(value, Real) and not isinstance(value, bool) and 0 <= value < float("inf"):
         return float(value)
     expected = 'seconds as a number of at least 0, or text with s, min, h or d ("90s", "8h")'
-    raise ArgumentError(argument, repr(value), expected, f"Pass for example {argument}='10min'.")
+    remedy = Phrase.of("Pass for example ", Choice(argument, "10min"), ".")
+    raise ArgumentError(argument, repr(value), expected, remedy)
+
+
+def counted(count: int, what: str) -> str:
+    """``count`` and ``what``, in the plural where it must be.
+
+    >>> counted(1, "budget"), counted(2048, "task")
+    ('1 budget', '2,048 tasks')
+    """
+    return f"{count:,} {what}{'s' * (count != 1)}"
 
 
 def format_bytes(size_bytes: float) -> str:

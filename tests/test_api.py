@@ -20,7 +20,7 @@ import pytest
 import cqsa_arrays as cqsa
 from cqsa_arrays import Options
 from cqsa_arrays.engine.states import FileStates, scratch_file
-from cqsa_arrays.planner.plan import Group
+from cqsa_arrays.planner import Group
 from cqsa_arrays.ranges import Range
 from cqsa_arrays.storage import DiskArray, InputSpec, make_inputs
 
@@ -280,7 +280,7 @@ def test_out_file_of_another_dtype_from_files_is_verified(stored):
 
 
 def big() -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    return qkv((2, 1500, 24))
+    return qkv((2, 900, 24))
 
 
 @pytest.mark.parametrize("cover", ["cqs", "rectangular"])
@@ -310,7 +310,7 @@ WAYS = [
     Way("relaxed 5", "cqs", 5),
     Way("relaxed 16", "cqs", 16),
     Way("more chunks than tiles", "cqs", 40),
-    Way("more chunks than tokens", "cqs", 2000),
+    Way("more chunks than tokens", "cqs", 1000),
     Way("perfect 7 on disk", "cqs", 7, "least"),
     Way("relaxed 5 on disk", "cqs", 5, "least"),
     Way("more chunks than tiles on disk", "cqs", 40, "least"),

@@ -1,12 +1,15 @@
 """The demonstration: its data, its method against the plain formula, its report and its files."""
 
+import dataclasses
 import hashlib
 import json
 import os
+import subprocess
 import sys
 
 import numpy as np
 import pytest
+from command_line import environment
 
 import cqsa_arrays as cqsa
 from cqsa_arrays.buffers import allocate
@@ -167,9 +170,47 @@ def test_without_matplotlib_the_numbers_remain(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     report = run_demo(tmp_path, samples=500)
     assert report.plot is None
-    assert "pip install 'cqsa-arrays[plot]'" in report.notice
+    assert "pip install matplotlib" in report.notice
     assert report.notice in str(report)
     assert os.listdir(tmp_path) == []
+
+
+@pytest.mark.parametrize(
+    ("kind", "said"),
+    [(ImportError, "numpy.core.multiarray failed to import"), (ValueError, "Key backend"), (OSError, "no place")],
+)
+def test_with_a_matplotlib_that_does_not_load_the_numbers_remain(kind, said, tmp_path, monkeypatch):
+    """A wrong one for this NumPy, settings that it does not take, no place for its own files."""
+
+    class Broken:
+        def find_spec(self, name: str, *_: object) -> None:
+            if name == "matplotlib.figure":
+                raise kind(said)
+
+    monkeypatch.delitem(sys.modules, "matplotlib.figure", raising=False)
+    monkeypatch.setattr(sys, "meta_path", [Broken(), *sys.meta_path])
+    report = run_demo(tmp_path, samples=500)
+    assert report.passed
+    assert report.plot is None
+    assert report.notice == f"no plot: Matplotlib cannot be loaded: {said}"
+
+
+def test_a_picture_that_cannot_be_written_costs_no_numbers(tmp_path):
+    (tmp_path / "cqsa_demo.png").mkdir()
+    report = run_demo(tmp_path, samples=500)
+    assert report.passed
+    assert report.plot is None
+    assert report.notice == f"no plot: {tmp_path}/cqsa_demo.png: Is a directory"
+
+
+@pytest.mark.parametrize("backend", ["module://matplotlib_inline.backend_inline", "nonsense"])
+def test_the_command_draws_whatever_backend_a_notebook_has_named(backend, tmp_path):
+    """Kernels set MPLBACKEND for their children; ``!cqsa demo`` may run in an environment that has no such backend."""
+    words = [sys.executable, "-m", "cqsa_arrays", "demo", "--samples", "500", "--directory", str(tmp_path)]
+    done = subprocess.run(words, env=environment(MPLBACKEND=backend), capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert "relative (tolerance" in done.stdout
+    assert (tmp_path / "cqsa_demo.png").stat().st_size > 10_000
 
 
 @pytest.mark.parametrize("samples", [0, WINDOW - 1, 108_001])
@@ -187,3 +228,17 @@ def test_too_little_memory_is_refused_and_leaves_nothing(tmp_path):
     with pytest.raises(BudgetError):
         run_demo(tmp_path, samples=500, memory="100KiB")
     assert os.listdir(tmp_path) == []
+
+
+@pytest.mark.parametrize(
+    ("budget_bytes", "says"),
+    [
+        (1 << 20, "(1 budget)"),
+        (1 << 19, "(2 budgets)"),
+        (1 << 10, "(1,024 budgets)"),
+        (1 << 30, "(less than 1 budget)"),
+    ],
+)
+def test_budgets_are_counted_in_words(demo, budget_bytes, says):
+    memory = dataclasses.replace(demo[1].memory, budget_bytes=budget_bytes, score_matrix_bytes=1 << 20)
+    assert says in str(dataclasses.replace(demo[1], memory=memory))

@@ -1,5 +1,6 @@
 """Pictures: what is drawn is what the covers say, the files are good, and Matplotlib's state is left alone."""
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -70,10 +71,40 @@ def test_command_says_how_it_is_used(capsys):
     assert "usage" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("words", [["--help"], ["-h"]])
+def test_help_is_no_name_of_a_file(words, capsys, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    assert main(words) == 0
+    assert "FILE.svg" in capsys.readouterr().out
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("words", [["--svg"], ["a.svg", "b.svg"], ["cover"], [""], ["cover.txt"], ["no/cover.svg"]])
+def test_what_cannot_be_drawn_is_refused(words, capsys, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    assert main(words) == 2
+    assert "python -m cqsa_arrays.plots: " in capsys.readouterr().err.splitlines()[-1]
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_missing_matplotlib_is_named_with_its_extra(monkeypatch, tmp_path):
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
-    with pytest.raises(PlotError, match=r"cqsa-arrays\[plot\]"):
+    with pytest.raises(PlotError, match="pip install matplotlib"):
         draw_cover(tmp_path / "cover.png")
+
+
+def test_the_command_draws_whatever_backend_a_notebook_has_named(tmp_path):
+    words = [sys.executable, "-m", "cqsa_arrays.plots", str(tmp_path / "cover.svg")]
+    subprocess.run(words, check=True, cwd=ROOT, env={**os.environ, "MPLBACKEND": "nonsense"})
+    assert (tmp_path / "cover.svg").stat().st_size > 1000
+
+
+def test_the_command_says_in_one_line_why_there_is_no_picture(monkeypatch, tmp_path, capsys):
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    assert main([str(tmp_path / "cover.svg")]) == 2
+    assert capsys.readouterr().err == (
+        "python -m cqsa_arrays.plots: no plot: Matplotlib is missing. Install it with: pip install matplotlib\n"
+    )
 
 
 def test_pyplot_stays_untouched(tmp_path):

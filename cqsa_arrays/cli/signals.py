@@ -1,35 +1,29 @@
-"""Signals that end a job where everything is committed; a second one ends it at once."""
+"""Signals that end a command; a job ends where everything is committed, and by a second one at once."""
 
 from __future__ import annotations
 
 import signal
-from collections.abc import Iterator
-from contextlib import contextmanager
 from types import FrameType
 
-from ..durable import Stop
 from .reasons import INTERRUPTED_BY, TERMINATED_BY
 
-_REASONS = {signal.SIGINT: INTERRUPTED_BY, signal.SIGTERM: TERMINATED_BY, signal.SIGHUP: TERMINATED_BY}
+REASONS: dict[int, str] = {signal.SIGINT: INTERRUPTED_BY, signal.SIGTERM: TERMINATED_BY, signal.SIGHUP: TERMINATED_BY}
 
 
-@contextmanager
-def stopped_by_signals(stop: Stop) -> Iterator[Stop]:
-    """``stop`` is asked by the first of SIGINT, SIGTERM and SIGHUP; after that they do what they did before."""
-    before = {number: signal.getsignal(number) for number in _REASONS}
+class Termination:
+    """SIGTERM and a lost terminal unwind like an exit with ``code``, so that unfinished files are removed.
 
-    def ask(number: int, frame: FrameType | None) -> None:
-        stop.ask(_REASONS[signal.Signals(number)])
-        restore()
+    An exception of a handler is lost where a library swallows it, in a callback or while it is imported: ``reason``
+    stays, for a job to look at before it begins.
+    """
 
-    def restore() -> None:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+    def __init__(self, code: int) -> None:
+        self._code = code
+        self.reason: str | None = None
+        for number in (signal.SIGTERM, signal.SIGHUP):
+            if signal.getsignal(number) is not signal.SIG_IGN:  # what nohup asks for stays ignored
+                signal.signal(number, self._hear)
 
-    for number, handler in before.items():
-        if handler is not signal.SIG_IGN:
-            signal.signal(number, ask)
-    try:
-        yield stop
-    finally:
-        restore()
+    def _hear(self, number: int, frame: FrameType | None) -> None:
+        self.reason = REASONS[number]
+        raise SystemExit(self._code)

@@ -12,6 +12,7 @@ from argparse import Namespace
 from collections.abc import Callable, Iterator
 
 from ..errors import StorageError
+from .parser import input_references
 
 CPU_SECONDS = 60
 """Of computing, not of waiting for a disk: for the structure of 100,000 data sets it takes a quarter of that."""
@@ -32,20 +33,24 @@ def _looks(arguments: Namespace) -> Iterator[tuple[str, Callable[[], object]]]:
     from ..storage import dataset, describe
     from ..verification import opened_inputs
 
+    named = {name: getattr(arguments, name, None) for name in "qkv"}
+
     def look_at(reference: str) -> tuple[str, Callable[[], object]]:
         follow_links = getattr(arguments, "follow_links", False)
-        return reference, lambda: dataset(reference, follow_links=follow_links)
+        return reference, lambda: dataset(reference, locking=arguments.locking, follow_links=follow_links)
 
     if arguments.command == "info":
-        yield arguments.path, lambda: describe(arguments.path)
+        yield arguments.path, lambda: describe(arguments.path, locking=arguments.locking)
     elif arguments.command == "verify":
-        yield arguments.path, lambda: opened_inputs(arguments.path)
-    elif arguments.command == "compare" and arguments.against is not None:
-        yield arguments.result, lambda: opened_inputs(arguments.result)
+        yield arguments.path, lambda: opened_inputs(arguments.path, arguments.locking, named, "structure")
+    elif arguments.command == "resume":
+        yield from (look_at(one) for one in named.values() if one is not None)
+    elif arguments.command == "compare" and arguments.device is not None:
+        yield arguments.result, lambda: opened_inputs(arguments.result, arguments.locking, depth="structure")
     elif arguments.command == "compare":
         yield from (look_at(one) for one in (arguments.result, arguments.reference) if one is not None)
     elif arguments.command in ("attend", "plan"):
-        yield from (look_at(getattr(arguments, name) or f"{arguments.input}:/{name}") for name in "qkv")
+        yield from map(look_at, input_references(arguments).values())
 
 
 def survive(place: str, look: Callable[[], object]) -> None:

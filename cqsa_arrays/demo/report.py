@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 from dataclasses import asdict, dataclass
 
-from ..comparison import ErrorReport
-from ..units import format_bytes, format_seconds
+from ..comparison import HEADINGS, ErrorReport, Verdict
+from ..errors import one_line
+from ..tables import html_of_text
+from ..units import counted, format_bytes, format_seconds
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -58,8 +60,14 @@ class DemoReport:
     @property
     def passed(self) -> bool:
         """Whether the result is exact, and was made within the budget."""
+        return self.verdict == "passed"
+
+    @property
+    def verdict(self) -> Verdict:
+        """ "failed" where the budget was not kept, else that of the result."""
         peak = self.memory.peak_bytes
-        return self.error.passed and (peak is None or peak <= self.memory.budget_bytes)
+        kept = peak is None or peak <= self.memory.budget_bytes
+        return self.error.verdict if kept else "failed"
 
     def to_json(self) -> str:
         """One JSON object: the fields and ``passed``."""
@@ -69,8 +77,10 @@ class DemoReport:
     def __str__(self) -> str:
         s, m = self.signal, self.memory
         peak = "not measured here" if m.peak_bytes is None else f"{format_bytes(m.peak_bytes)} measured"
-        times = m.score_matrix_bytes / m.budget_bytes
-        judged = f"float64 over {self.error.rows} rows: {'passed' if self.error.passed else 'FAILED'}"
+        budgets = counted(max(1, round(m.score_matrix_bytes / m.budget_bytes)), "budget")
+        times = budgets if m.score_matrix_bytes >= m.budget_bytes else f"less than {budgets}"
+        heading = "passed" if self.error.passed else HEADINGS[self.error.verdict]
+        judged = f"float64 over {counted(self.error.rows, 'row')}: {heading}"
         lines = [
             f"Non-local means of an electrocardiogram: {s.samples:,} samples ({s.samples / s.sampling_hz:.0f} s),"
             f" every window of {s.window} against every other",
@@ -79,12 +89,21 @@ class DemoReport:
             f"  bandwidth  h = {s.bandwidth_mv:.3g} mV, from an estimated noise of {s.noise_mv:.3g} mV",
             f"  time       {format_seconds(self.elapsed_s)}, {self.flops / self.elapsed_s / 1e9:.0f} GFLOP/s",
             f"  memory     {peak}, {format_bytes(m.planned_bytes)} planned, budget {format_bytes(m.budget_bytes)};"
-            f" the matrix of all scores would take {format_bytes(m.score_matrix_bytes)} ({times:,.0f} budgets)",
-            f"  error      {self.error.frobenius:.2g} relative (tolerance {self.error.tolerance.frobenius:g}),"
-            f" against {judged}",
+            f" the matrix of all scores would take {format_bytes(m.score_matrix_bytes)} ({times})",
+            f"  error      {self.error.frobenius:.2g} relative (tolerance {self.error.allowed}), against {judged}",
         ]
         if self.plot is not None:
-            lines.append(f"  plot       {self.plot}")
+            lines.append(f"  plot       {one_line(self.plot)}")
         if self.notice is not None:
             lines.append(f"  notice     {self.notice}")
         return "\n".join(lines)
+
+    def __repr__(self) -> str:
+        s = self.signal
+        passed = "PASSED" if self.passed else "FAILED"
+        return (
+            f"<DemoReport {passed}: {s.samples:,} samples, {s.noisy_db:.1f} dB noisy, {s.denoised_db:.1f} dB denoised>"
+        )
+
+    def _repr_html_(self) -> str:
+        return html_of_text(str(self))

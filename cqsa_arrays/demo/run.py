@@ -154,4 +154,6 @@ def _plot(path: Path, signals: Signals, signal: SignalReport, memory: MemoryRepo
         plot_demo(path, signals, signal, memory)
     except PlotError as error:
         return None, str(error)
+    except OSError as error:  # what was computed is shown all the same
+        return None, f"no plot: {path}: {error.strerror}"
     return str(path), None

@@ -97,12 +97,14 @@ def _problem(rng: Random) -> list[str]:
 
 
 INPUTS_CHANGES: list[object] = [
-    {}, [], None, 3, "x", {"path": 5}, {"path": None, "dataset": "/q", "layout": "hnd"}, {"path": "a\0b",
-    "dataset": "/q"},
-    {"path": "in.h5"}, {"path": "in.h5", "dataset": "/no", "layout": "hnd"}, {"path": ".", "dataset": ""},
-    {"path": "in.h5", "dataset": "/q"}, {"path": "in.h5", "dataset": "/q", "layout": "nd"}, {"path": "\ud800",
-    "dataset": ""},
-    {"path": "out.h5", "dataset": "/out", "layout": "hnd"}, {"path": "/dev/zero", "dataset": "/q", "layout": "hnd"},
+    {}, [], None, 3, "x", {"relative": 5}, {"relative": None, "dataset": "/q", "layout": "hnd"}, {"relative": "a\0b"},
+    {"relative": "in.h5"}, {"relative": "in.h5", "dataset": "/no", "layout": "hnd"}, {"relative": ".", "dataset": ""},
+    {"relative": "in.h5", "dataset": "/q"}, {"relative": "in.h5", "dataset": "/q", "layout": "nd"},
+    {"relative": "\ud800", "dataset": ""}, {"relative": "out.h5", "dataset": "/out", "layout": "hnd"},
+    {"given": "/dev/zero", "relative": None}, {"relative": None, "given": 5}, {"relative": None, "given": "."},
+    {"relative": "/dev/zero"}, {"relative": None}, {"given": "\ud800"}, {"sample": None}, {"sample": "0" * 64},
+    {"full": 3}, {"shape": [2**80, 1]}, {"shape": []}, {"size": -1}, {"size": 10**30}, {"dtype": "int8"},
+    {"layout": "nd"}, {"path": "in.h5", "mtime_ns": 5}, {"inode": []},
 ]  # fmt: skip
 ATTRIBUTE_TEXTS: list[object] = [
     "", "{", "null", "[]", "5", '"x"', "NaN", "1e999", "-1e308", "inf", "[" * 100_000, "9" * 5000, 7, 2.5, np.zeros(3),

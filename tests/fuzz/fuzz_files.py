@@ -130,7 +130,7 @@ def output(folder: Path) -> tuple[Template, Template]:
             file[name].attrs.update(made[name].attrs)
         inputs = json.loads(made.attrs["inputs"])
         for one in inputs.values():
-            one["path"] = "in.h5"
+            one["relative"] = one["given"] = "in.h5"
         file.attrs.update({"inputs": json.dumps(inputs), "mask": made.attrs["mask"], "scale": made.attrs["scale"]})
     return source, _template("output", Path("out.h5"))
 

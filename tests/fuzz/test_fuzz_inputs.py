@@ -12,7 +12,7 @@ from fuzz_runner import Outcome, Session, changes, faults
 import cqsa_arrays
 
 HERE = Path(__file__).parent
-CASES = 150
+CASES = 60
 
 
 def test_damaged_files_and_odd_commands_end_with_a_message(tmp_path):

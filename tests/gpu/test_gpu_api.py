@@ -153,6 +153,27 @@ def test_torch_tensors_come_back_as_tensors(gpu):
     assert_close(out.cpu().numpy(), exact(*(tensor.cpu().numpy() for tensor in tensors), offset=0)[0])
 
 
+@pytest.mark.parametrize("wanted", DTYPES, ids=str)
+@by_dtype
+def test_torch_tensors_of_any_type_give_tensors_of_any_type(gpu, dtype, wanted):
+    import cupy
+
+    torch = pytest.importorskip("torch", reason="PyTorch is not installed")
+    tensors = [torch.from_numpy(array).cuda().to(getattr(torch, dtype.name)) for array in qkv(1, 2, 300, 64)]
+    out = cqsa.attention(*tensors, dtype=wanted)
+    assert (type(out), out.dtype, out.is_cuda) == (torch.Tensor, getattr(torch, wanted.name), True)
+    arrays = [cupy.asarray(tensor.double().cpu().numpy().astype(dtype)) for tensor in tensors]
+    expected = cqsa.attention(*arrays, dtype=wanted)
+    assert np.array_equal(out.double().cpu().numpy(), host(expected).astype("f8"))
+
+
+def test_torch_tensors_that_require_a_gradient_are_refused_with_a_remedy(gpu):
+    torch = pytest.importorskip("torch", reason="PyTorch is not installed")
+    q, k, v = (torch.from_numpy(array).cuda() for array in qkv(1, 1, 50, 8))
+    with pytest.raises(cqsa.ArgumentError, match=r"k: found torch.*requires grad.*k\.detach\(\)"):
+        cqsa.attention(q, k.requires_grad_(), v)
+
+
 # ---- where the result goes
 
 

@@ -27,8 +27,7 @@ class StopAt(Stop):
         super().__init__()
         self._left_over = at
 
-    @property
-    def reason(self) -> str | None:
+    def reason_within(self, ahead_s: float) -> str | None:
         self._left_over -= 1
         return None if self._left_over >= 0 else "enough"
 
