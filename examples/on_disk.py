@@ -11,14 +11,14 @@ from pathlib import Path
 import cqsa_arrays as cqsa
 from cqsa_arrays.storage import InputSpec, describe, make_inputs
 
-MEMORY = "24MiB"
+MEMORY = "12MiB"
 
 
 def main() -> None:
-    """Make 48 MiB of inputs, look at the plan, run it, prove the result."""
+    """Make 24 MiB of inputs, look at the plan, run it, prove the result."""
     with tempfile.TemporaryDirectory() as folder:
         inputs, output = Path(folder) / "qkv.h5", Path(folder) / "out.h5"
-        make_inputs(inputs, InputSpec(tokens=32768, heads=2, head_dim=64, dtype="float32"))
+        make_inputs(inputs, InputSpec(tokens=16384, heads=2, head_dim=64, dtype="float32"))
         print(describe(inputs), end="\n\n")
 
         q, k, v = (f"{inputs}:/{name}" for name in "qkv")
