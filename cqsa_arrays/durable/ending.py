@@ -160,6 +160,7 @@ def _clear_gone(folder: JobFolder) -> None:
     """Remove what is left of jobs that are over, whoever may still believe in them."""
     for directory in folder.directories():
         if os.path.exists(os.path.join(directory, "ended")):
+            _unlink_part(folder, JobPaths(directory, "", ""))
             bury(directory)
     for directory in folder.directories(".gone"):
         clear(directory, OF_JOB)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import time
 from contextlib import closing
 from dataclasses import replace
@@ -12,7 +13,7 @@ from pathlib import Path
 import h5py
 import numpy as np
 import pytest
-from durable_cases import CASES, command, digest, log, make, run, run_and_read
+from durable_cases import CASES, Fault, command, digest, log, make, run, run_and_read, unbroken
 
 import cqsa_arrays as cqsa
 from cqsa_arrays.storage import dataset_in, sampled_hash
@@ -164,3 +165,20 @@ def test_a_map_whose_changes_are_not_in_its_file_is_an_array(here) -> None:
     cqsa.attention(x, x, x, out="out.h5", options=DURABLE)
     with pytest.raises(cqsa.ArgumentError, match=r"found out\.h5, which exists"):
         cqsa.attention(x, x, x, out="out.h5", options=DURABLE)
+
+
+def test_nothing_is_left_of_a_job_that_was_killed_at_its_very_end(here) -> None:
+    """After its record is gone and before the second name of the output is, which only the next run can see."""
+    make(CASE)
+    expected = unbroken(CASE)
+    assert run(command(CASE), Fault("rename", 1, _killed_behind_the_record, always=True)) == -signal.SIGKILL
+    assert {"out.h5", "out.h5.part"} < set(os.listdir())
+    assert run(command(CASE)) == 0, log()
+    assert digest() == expected
+    assert sorted(set(os.listdir()) - {"run.log"}) == ["out.h5", "qkv.h5"]
+
+
+def _killed_behind_the_record(usual, source, to, **named) -> None:
+    usual(source, to, **named)
+    if os.path.basename(to) == "ended":
+        os.kill(os.getpid(), signal.SIGKILL)
