@@ -28,7 +28,7 @@
 // as plain double arithmetic is there.
 //
 // Sources: Dao, "FlashAttention-2", arXiv 2307.08691 (the loop, rows by warps); PTX ISA, "Matrix fragments" of mma with
-// .f64; rescaling only when a maximum grew: Zadouri et al., "FlashAttention-4".
+// .f64; rescaling only when a maximum grew much: Zadouri et al., "FlashAttention-4".
 // Defines: ELEMENT (FLOAT64), HEAD_DIM, VALUE_DIM, BLOCK_ROWS, BLOCK_KEYS, WARPS, SHARED_BYTES; and, where the defaults
 // do not please, those below and of double.cuh.
 #include "double.cuh"
@@ -73,17 +73,21 @@ struct Shared {
 };
 static_assert(sizeof(Shared) == SHARED_BYTES, "the host computes the same size");
 
+// The high word of a double, as a float, which has the same order; NaN for an infinity, a NaN, and beyond 2^1016.
+__device__ __forceinline__ float high_word(double x) { return __int_as_float(__double2hiint(x)); }
+
 // What a thread keeps. Row i of ROWS of the softmax is row  16 ROW_TILES (warp / PARTS) + 8 i + lane / 4  of the block;
 // acc[n][i][2 c + e] is of column  16 n + 2 (lane / 4) + c  and row  8 i + 2 (lane % 4) + e.
 struct Rows {
-    double best[ROWS];  // largest plain score so far
-    double sum[ROWS];   // of this lane's weights, which are exp(scale (s - best)) 2^-SPAN_BITS
+    double best[ROWS];  // largest plain score when the row's base was last moved, which it is
+    float limit[ROWS];  // high word, as a float, of a score that may still be smaller than what moves the base
+    double sum[ROWS];   // of this lane's weights, which are exp(scale (s - best)) 2^-SMALL
     double acc[COLUMN_TILES][ROWS][4];
 
     __device__ void clear() {
 #pragma unroll
         for (int i = 0; i < ROWS; ++i) {
-            best[i] = negative_infinity(0.0), sum[i] = 0;
+            best[i] = negative_infinity(0.0), limit[i] = high_word(best[i]), sum[i] = 0;
             for (int n = 0; n < COLUMN_TILES; ++n)
                 for (int e = 0; e < 4; ++e) acc[n][i][e] = 0;
         }
@@ -183,16 +187,15 @@ __device__ __forceinline__ void hide(Scores& scores, const Call& call, int64 blo
     }
 }
 
-// The larger of two high words of doubles, compared as floats, which have the same order; NaN where either word is that
-// of an infinity, a NaN, or beyond 2^1016.
+// The larger of two high words; NaN where either is.
 __device__ __forceinline__ float larger(float a, double b) {
-    float high = __int_as_float(__double2hiint(b)), result;
-    asm("max.NaN.f32 %0, %1, %2;" : "=f"(result) : "f"(a), "f"(high));
+    float result;
+    asm("max.NaN.f32 %0, %1, %2;" : "=f"(result) : "f"(a), "f"(high_word(b)));
     return result;
 }
 
-// Some row's maximum may have grown: find the new ones, and let sums and accumulators go over to them. A row that has a
-// score of NaN or +inf becomes NaN here, and stays it: its maximum is +inf from now on.
+// Some row's maximum may have grown much: find the new ones, and let sums and accumulators go over to them. A row that has
+// a score of NaN or +inf becomes NaN here, and stays it: its maximum is +inf from now on.
 __device__ __forceinline__ void raise(const Scores& scores, Rows& rows, double c, const double* powers) {
     const double nothing = negative_infinity(0.0), everything = -nothing;
 #pragma unroll
@@ -211,7 +214,7 @@ __device__ __forceinline__ void raise(const Scores& scores, Rows& rows, double c
         }
         double base = best == nothing ? 0.0 : best;
         double alpha = best == everything ? nothing + everything : factor_of(rows.best[i] - base, c, powers);
-        rows.best[i] = best, rows.sum[i] *= alpha;
+        rows.best[i] = best, rows.limit[i] = high_word(best + 16 * GROWTH / c), rows.sum[i] *= alpha;
 #pragma unroll
         for (int e = 0; e < 2; ++e) {
             double factor = __shfl_sync(~0u, alpha, threadIdx.x % 4 * 8 + e * 4);
@@ -226,12 +229,12 @@ __device__ __forceinline__ void soften(Scores& scores, Rows& rows, double c, con
     bool grew = false;
 #pragma unroll
     for (int i = 0; i < ROWS; ++i) {
-        float top = __int_as_float(__double2hiint(scores.at[i / 2][0][i % 2 * 2]));
+        float top = high_word(scores.at[i / 2][0][i % 2 * 2]);
 #pragma unroll
         for (int n = 0; n < SCORE_TILES; ++n)
             for (int e = 0; e < 2; ++e) top = larger(top, scores.at[i / 2][n][i % 2 * 2 + e]);
-        // Only a maximum whose high word is smaller is certainly smaller, and no word is smaller or larger than NaN.
-        grew |= !(top < __int_as_float(__double2hiint(rows.best[i])));
+        // Only a score whose high word is smaller is certainly smaller, and no word is smaller or larger than NaN.
+        grew |= !(top < rows.limit[i]);
     }
     if (__any_sync(~0u, grew)) raise(scores, rows, c, powers);
 #pragma unroll
@@ -279,96 +282,93 @@ __device__ bool irregular(const double* values) {
     return __syncthreads_or(found);
 }
 
-// What the spans of a launch have come to so far, in two parts (Knuth's two-sum), so that the error does not grow with
-// their number. It lies in local memory, of which the driver keeps some for every thread that can be resident anyway, and
-// is touched once a span: it takes neither registers nor memory of the plan. `halved`: how often all was halved, so that
-// the sum stays at 1 at most.
+// What the spans of a launch have come to so far. What rounding takes from these sums stays in the rows and joins at the
+// next span's end, so that the error does not grow with their number. It lies in local memory, of which the driver keeps
+// some for every thread that can be resident anyway, and is touched once a span: it takes neither registers nor memory of
+// the plan.
 struct Totals {
     double best[ROWS], sum[ROWS], acc[ROWS][4][COLUMN_TILES];
-    float sum_low[ROWS], acc_low[ROWS][4][COLUMN_TILES];
-    int halved[ROWS];
 
     // Who gives its address away keeps it in memory.
     __device__ __forceinline__ Totals() { asm volatile("" ::"l"(this) : "memory"); }
 };
 
-// high + low, the second as float: high * old + x.
-__device__ __forceinline__ void add_long(double& high, float& low, double old, double x) {
-    double before = high * old, sum = before + x, back = sum - before;
-    low = float(low * old + ((before - (sum - back)) + (x - back))), high = sum;
+// total = old * total + x, of which `x` keeps what is rounded off (Knuth's two-sum); beside an infinity that is nothing.
+__device__ __forceinline__ void move_to(double& total, double old, double& x) {
+    double before = old * total, sum = before + x, back = sum - before;
+    double rest = (before - (sum - back)) + (x - back);
+    total = sum, x = high_word(sum) == high_word(sum) ? rest : 0;
 }
-// Beside an infinity the low part is not a number.
-__device__ __forceinline__ double long_value(double high, float low) { return isfinite(high) ? high + low : high; }
 
-// A span ends, its sums being those of all lanes. Where more keys follow, `totals` take it over, together with those before;
-// else the rows have it all. Of the rows whose columns are here, factors are with lanes that have their sums.
-__device__ __forceinline__ void close_span(
-    Rows& rows, Totals& totals, bool first, bool last, double c, const double* powers) {
-    const double nothing = negative_infinity(0.0);
+// By what the totals of row `i` are to be multiplied, for the base that it has now.
+__device__ __forceinline__ double factor_of_totals(
+    const Rows& rows, const Totals& totals, int i, double c, const double* powers) {
+    double before = totals.best[i];
+    return before == rows.best[i] ? 1 : factor_of(before - rows.best[i], c, powers);
+}
+// The factor of the row to which acc[..][i][at] belongs; lanes that have sums know it.
+__device__ __forceinline__ double of_column(double factor, int at) {
+    return __shfl_sync(~0u, factor, threadIdx.x % 4 * 8 + at % 2 * 4);
+}
+
+// A span ends, after which others follow: sums join those before.
+__device__ __forceinline__ void close_span(Rows& rows, Totals& totals, bool first, double c, const double* powers) {
 #pragma unroll
     for (int i = 0; i < ROWS; ++i) {
-        rows.sum[i] += __shfl_xor_sync(~0u, rows.sum[i], 1);
-        rows.sum[i] += __shfl_xor_sync(~0u, rows.sum[i], 2);
-        if (first) totals.best[i] = nothing, totals.sum[i] = 0, totals.sum_low[i] = 0, totals.halved[i] = 0;
-        if (first && last) continue;
-        double before = totals.best[i], joint = rows.best[i] > before ? rows.best[i] : before;
-        double old = before == joint ? 1 : factor_of(before - joint, c, powers);
-        double fresh = rows.best[i] == joint ? 1 : factor_of(rows.best[i] - joint, c, powers);
-        fresh *= __hiloint2double((1023 - totals.halved[i]) << 20, 0);
-        if (totals.sum[i] * old + rows.sum[i] * fresh > 1) old *= 0.5, fresh *= 0.5, ++totals.halved[i];
-        totals.best[i] = rows.best[i] = joint;
-        add_long(totals.sum[i], totals.sum_low[i], old, rows.sum[i] * fresh);
-        rows.sum[i] = long_value(totals.sum[i], totals.sum_low[i]);
+        double old = first ? 0 : factor_of_totals(rows, totals, i, c, powers), sum = first ? 0 : totals.sum[i];
+        move_to(sum, old, rows.sum[i]);
+        totals.best[i] = rows.best[i], totals.sum[i] = sum;
 #pragma unroll
-        for (int e = 0; e < 2; ++e) {
-            int source = threadIdx.x % 4 * 8 + e * 4;
-            double its_old = __shfl_sync(~0u, old, source), its_fresh = __shfl_sync(~0u, fresh, source);
-            // All are read at once: a wait for each would take longer.
-            double high[2][COLUMN_TILES] = {};
-            float low[2][COLUMN_TILES] = {};
+        for (int at = 0; at < 4; ++at) {
+            double its_old = of_column(old, at), total[COLUMN_TILES] = {};
+            // Several are read at once, for a wait for each would take longer; all of them would not fit the registers.
+            asm volatile("" ::: "memory");
             if (!first)
 #pragma unroll
-                for (int c = 0; c < 2; ++c)
-                    for (int n = 0; n < COLUMN_TILES; ++n)
-                        high[c][n] = totals.acc[i][2 * c + e][n], low[c][n] = totals.acc_low[i][2 * c + e][n];
+                for (int n = 0; n < COLUMN_TILES; ++n) total[n] = totals.acc[i][at][n];
 #pragma unroll
-            for (int c = 0; c < 2; ++c)
-                for (int n = 0; n < COLUMN_TILES; ++n) {
-                    double& acc = rows.acc[n][i][2 * c + e];
-                    add_long(high[c][n], low[c][n], its_old, acc * its_fresh);
-                    if (last) {
-                        acc = long_value(high[c][n], low[c][n]);
-                    } else {
-                        totals.acc[i][2 * c + e][n] = high[c][n], totals.acc_low[i][2 * c + e][n] = low[c][n];
-                    }
-                }
+            for (int n = 0; n < COLUMN_TILES; ++n)
+                move_to(total[n], its_old, rows.acc[n][i][at]), totals.acc[i][at][n] = total[n];
         }
     }
-    if (!last) rows.clear();
+}
+
+// The rows have all spans, of which the last is not closed.
+__device__ __forceinline__ void join_totals(Rows& rows, const Totals& totals, double c, const double* powers) {
+#pragma unroll
+    for (int i = 0; i < ROWS; ++i) {
+        double old = factor_of_totals(rows, totals, i, c, powers);
+        rows.sum[i] = fma(old, totals.sum[i], rows.sum[i]);
+#pragma unroll
+        for (int at = 0; at < 4; ++at) {
+            double its_old = of_column(old, at);
+#pragma unroll
+            for (int n = 0; n < COLUMN_TILES; ++n)
+                rows.acc[n][i][at] = fma(its_old, totals.acc[i][at][n], rows.acc[n][i][at]);
+        }
+    }
 }
 
 // Merge the rows into the state, or finish them.
-__device__ __forceinline__ void end_block(const Rows& rows, const Totals& totals, const Call& call, const Place& block) {
+__device__ __forceinline__ void end_block(Rows& rows, const Call& call, const Place& block) {
     int group = made_here(threadIdx.x % 32 / 4), quad_lane = made_here(threadIdx.x % 4);
     int first_column = part() * COLUMNS + 2 * group;
 #pragma unroll
     for (int i = 0; i < ROWS; ++i) {
-        double natural = call.scale * rows.best[i] + (SPAN_BITS + totals.halved[i]) * LN2;
+        double natural = call.scale * rows.best[i] + SMALL * LN2, sum = rows.sum[i];
+        sum += __shfl_xor_sync(~0u, sum, 1);
+        sum += __shfl_xor_sync(~0u, sum, 2);
 #pragma unroll
         for (int e = 0; e < 2; ++e) {
             int source = quad_lane * 8 + e * 4;  // a lane that has the sum of the row whose columns are here
-            double base = __shfl_sync(~0u, natural, source), total = __shfl_sync(~0u, rows.sum[i], source);
+            double base = __shfl_sync(~0u, natural, source), total = __shfl_sync(~0u, sum, source);
             int64 row = block.row + made_here(first_row()) + 8 * i + 2 * quad_lane + e;
             bool exists = row < call.query_tokens, writer = exists && group == 0 && part() == 0;
             RowEnd end = end_of_row<double>(call, block, row, base, total, exists, writer);
             if (!exists) continue;
-#pragma unroll
-            for (int n = 0; n < COLUMN_TILES; ++n)
-                for (int c = 0; c < 2; ++c) {
-                    int column = first_column + n * 16 + c;
-                    if (column < call.value_dim)
-                        end_element<double>(call, block, row, column, end, rows.acc[n][i][2 * c + e]);
-                }
+            end_elements<double, 2 * COLUMN_TILES>(
+                call, block, row, end, [&](int n) { return first_column + n / 2 * 16 + n % 2; },
+                [&](int n) -> double& { return rows.acc[n / 2][i][n % 2 * 2 + e]; });
         }
     }
 }
@@ -417,7 +417,6 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) attend(const __gri
     Rows rows;
     rows.clear();
     bool first = true, last = !walk.more(call);  // span
-    if (last) close_span(rows, totals, first, last, c, shared.powers);
     int span_keys = 0;
     for (int stage = 0; !last; stage ^= 1) {
         Walk<BLOCK_KEYS> tile = shared.tiles[stage], next = tile;
@@ -441,14 +440,15 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) attend(const __gri
             soften(scores, rows, c, shared.powers);
             add_values(rows, scores, shared.values[stage] + value_at + begin * VALUE_PITCH);
         }
-        if (last || span_keys >= call.span_keys)
-            close_span(rows, totals, first, last, c, shared.powers), first = false, span_keys = 0;
+        if (!last && span_keys >= call.span_keys)
+            close_span(rows, totals, first, c, shared.powers), first = false, span_keys = 0;
         copies_arrived();
         __syncthreads();
     }
+    if (!first) join_totals(rows, totals, c, shared.powers);
     // Two warps of the same rows read m and l; the first writes them, and comes last.
     for (int turn = PARTS - 1; turn >= 0; --turn) {
-        if (part() == turn) end_block(rows, totals, call, block);
+        if (part() == turn) end_block(rows, call, block);
         if (turn > 0) __syncthreads();
     }
 }

@@ -69,17 +69,18 @@ __device__ __forceinline__ void multiply(double (&sum)[4], const double* a, cons
         Instruction<MMA_ROWS, DEPTH>::multiply(sum, a + 2 * slot, b + slot);
 }
 
-// Weights of a span are at most 2^-SPAN_BITS, so that their sum is at most 1, and sums of values no larger than these.
-constexpr int SPAN_BITS = 12;
+// The largest weight is 2^-SMALL after a new base, and may grow by 2^GROWTH before the next: the sum of 2^32 of them is at
+// most 1, and sums of values are no larger than these.
+constexpr int SMALL = 40, GROWTH = 8;
 
-// 2^(j / 16 - 960 - SPAN_BITS)
+// 2^(j / 16 - 960 - SMALL)
 __constant__ double POWERS[16] = {
-    0x1.0000000000000p-972, 0x1.0b5586cf9890fp-972, 0x1.172b83c7d517bp-972, 0x1.2387a6e756238p-972,
-    0x1.306fe0a31b715p-972, 0x1.3dea64c123422p-972, 0x1.4bfdad5362a27p-972, 0x1.5ab07dd485429p-972,
-    0x1.6a09e667f3bcdp-972, 0x1.7a11473eb0187p-972, 0x1.8ace5422aa0dbp-972, 0x1.9c49182a3f090p-972,
-    0x1.ae89f995ad3adp-972, 0x1.c199bdd85529cp-972, 0x1.d5818dcfba487p-972, 0x1.ea4afa2a490dap-972};
+    0x1.0000000000000p-1000, 0x1.0b5586cf9890fp-1000, 0x1.172b83c7d517bp-1000, 0x1.2387a6e756238p-1000,
+    0x1.306fe0a31b715p-1000, 0x1.3dea64c123422p-1000, 0x1.4bfdad5362a27p-1000, 0x1.5ab07dd485429p-1000,
+    0x1.6a09e667f3bcdp-1000, 0x1.7a11473eb0187p-1000, 0x1.8ace5422aa0dbp-1000, 0x1.9c49182a3f090p-1000,
+    0x1.ae89f995ad3adp-1000, 0x1.c199bdd85529cp-1000, 0x1.d5818dcfba487p-1000, 0x1.ea4afa2a490dap-1000};
 
-// 2^(x c / 16 - SPAN_BITS) for x <= 0 and c > 0; 0 where x c / 16 is below -960, also of -inf; of NaN either 0 or NaN.
+// 2^(x c / 16 - SMALL) for c > 0 and x c / 16 up to GROWTH; 0 where x c / 16 is below -960, also of -inf; of NaN either 0 or NaN.
 // With n = round(x c) and the rest f, 2^(n / 16) is made of `powers` and the exponent, 2^(f / 16) = 1 + f p(f) of an
 // interpolation at the Chebyshev points (relative error 2^-56). `powers` is POWERS in shared memory: 16 doubles lie in
 // every bank once, so that no two lanes are in each other's way.
@@ -100,7 +101,7 @@ __device__ __forceinline__ double weight_of(double x, double c, const double* po
 
 // 2^(x c / 16), likewise.
 __device__ __forceinline__ double factor_of(double x, double c, const double* powers) {
-    return (1 << SPAN_BITS) * weight_of(x, c, powers);
+    return double(1ll << SMALL) * weight_of(x, c, powers);
 }
 
 // 8 bytes, or zeros where `wanted` is false; for arrays without borders of 16 bytes.

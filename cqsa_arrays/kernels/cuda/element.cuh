@@ -31,13 +31,22 @@ __device__ __forceinline__ REAL load_element(const void* array, int64 index) {
     return static_cast<const double*>(array)[index];
 }
 
-// Store `value`, rounded once to the type that `kind` names.
+// Store `value` as element `index` of an array of KIND, rounded once.
+template <int KIND, typename REAL>
+__device__ __forceinline__ void store_as(void* array, int64 index, REAL value) {
+    if (KIND == FLOAT16) static_cast<uint16*>(array)[index] = float_to_half(value);
+    if (KIND == BFLOAT16) static_cast<uint16*>(array)[index] = float_to_bfloat(value);
+    if (KIND == FLOAT32) static_cast<float*>(array)[index] = value;
+    if (KIND == FLOAT64) static_cast<double*>(array)[index] = value;
+}
+
+// The same of the type that `kind` names.
 template <typename REAL>
 __device__ __forceinline__ void store_element(void* array, int kind, int64 index, REAL value) {
     switch (kind) {
-        case FLOAT16: static_cast<uint16*>(array)[index] = float_to_half(value); break;
-        case BFLOAT16: static_cast<uint16*>(array)[index] = float_to_bfloat(value); break;
-        case FLOAT32: static_cast<float*>(array)[index] = value; break;
-        default: static_cast<double*>(array)[index] = value;
+        case FLOAT16: return store_as<FLOAT16>(array, index, value);
+        case BFLOAT16: return store_as<BFLOAT16>(array, index, value);
+        case FLOAT32: return store_as<FLOAT32>(array, index, value);
+        default: return store_as<FLOAT64>(array, index, value);
     }
 }

@@ -131,8 +131,8 @@ __device__ __forceinline__ bool attend_span(
 }
 
 // Merge the rows into the state, or finish them: every quad of lanes its two rows, 32 bytes of float32 at once.
-__device__ __forceinline__ void end_block(const Rows& rows, const Call& call, const Place& block) {
-    int lane = threadIdx.x % 32;
+__device__ __forceinline__ void end_block(Rows& rows, const Call& call, const Place& block) {
+    const int lane = threadIdx.x % 32;
 #pragma unroll
     for (int i = 0; i < ROWS; ++i) {
         int64 row = block.row + row_of(threadIdx.x, i);
@@ -140,13 +140,9 @@ __device__ __forceinline__ void end_block(const Rows& rows, const Call& call, co
         RowEnd end = end_of_row<float>(
             call, block, row, natural_base(rows.base[i]), rows.sum[i], exists, exists && lane % 4 == 0);
         if (!exists) continue;
-#pragma unroll
-        for (int n = 0; n < VALUE_TILES; ++n)
-            for (int e = 0; e < 2; ++e) {
-                int column = n * 8 + lane % 4 * 2 + e;
-                if (column < call.value_dim)
-                    end_element<float>(call, block, row, column, end, rows.acc[0][n][i % 2 * 2 + e]);
-            }
+        end_elements<float, 2 * VALUE_TILES>(
+            call, block, row, end, [&](int n) { return n / 2 * 8 + lane % 4 * 2 + n % 2; },
+            [&](int n) -> float& { return rows.acc[0][n / 2][i % 2 * 2 + n % 2]; });
     }
 }
 
@@ -194,11 +190,10 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) attend(const __grid_con
         show_to_products();
     }
     __syncthreads();
-    if (computing) {
-        asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(COMPUTING_REGISTERS));
-        attend_rows(call, view, shared);
-    } else {
+    if (!computing) {
         asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(COPYING_REGISTERS));
-        copy_tiles(call, view, shared);
+        return copy_tiles(call, view, shared);
     }
+    asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(COMPUTING_REGISTERS));
+    attend_rows(call, view, shared);
 }

@@ -11,7 +11,7 @@
 //           smaller does    new base
 //           so, too
 //
-// float16 weights use their whole range: TOP is just below the largest number. A base that also falls lets the small
+// float16 weights use their whole range: MOST is just below the largest number. A base that also falls lets the small
 // weights of later tiles count: beside the largest of all keys they would be nothing in float16, and many of them may
 // be most of the sum. It falls by MOST_FALL at most, for accumulators grow as it does. bfloat16 has the range of float32:
 // its weights are so small that a sum of large values stays finite, and its base never falls.
@@ -22,7 +22,7 @@
 
 constexpr int ROWS = 2 * ROW_TILES, SCORE_TILES = BLOCK_KEYS / 8, VALUE_TILES = VALUE_DIM / 8;
 constexpr bool FALLS = ELEMENT == FLOAT16;
-constexpr float TOP = FALLS ? 15 : -24, MOST = FALLS ? 15.99f : -16, LEAST = -5, MOST_FALL = FALLS ? 64 : 0;
+constexpr float TOP = FALLS ? 12 : -24, MOST = FALLS ? 15.99f : -16, LEAST = -5, MOST_FALL = 64;
 // Of the weights of one span, or of several: 2^15 keys.
 constexpr float LARGEST_SUM = FALLS ? 0x1p31f : 0x1p-1f;
 constexpr float LOWEST = -3.402823466e38f;
@@ -133,9 +133,10 @@ __device__ __forceinline__ void rebase(Rows& rows, float (&best)[ROWS], float (&
         best[i] = fmaxf(best[i], __shfl_xor_sync(~0u, best[i], 1));
         best[i] = fmaxf(best[i], __shfl_xor_sync(~0u, best[i], 2));
         float peak = __fmul_rn(best[i], c), base = rows.base[i];
-        if (outside(peak - base) && peak >= LOWEST) base = fmaxf(peak - TOP, rows.highest[i] - MOST_FALL);
+        if (outside(peak - base) && peak >= LOWEST) base = peak - TOP;
+        if (FALLS) base = fmaxf(base, rows.highest[i] - MOST_FALL), rows.highest[i] = fmaxf(rows.highest[i], base);
         alpha[i] = exp2_of(rows.base[i] - base);
-        rows.sum[i] *= alpha[i], rows.base[i] = base, rows.highest[i] = fmaxf(rows.highest[i], base);
+        rows.sum[i] *= alpha[i], rows.base[i] = base;
     }
 }
 

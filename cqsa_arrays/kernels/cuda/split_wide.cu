@@ -308,7 +308,7 @@ __device__ __forceinline__ void close_span(Rows& rows, Totals<ROWS, 2 * VALUE_TI
 }
 
 // Merge the rows into the state, or finish them.
-__device__ __forceinline__ void end_block(const Rows& rows, const Call& call, const Place& block) {
+__device__ __forceinline__ void end_block(Rows& rows, const Call& call, const Place& block) {
 #pragma unroll
     for (int i = 0; i < ROWS; ++i) {
         int64 row = block.row + row_of(i);
@@ -316,13 +316,9 @@ __device__ __forceinline__ void end_block(const Rows& rows, const Call& call, co
         RowEnd end = end_of_row<float>(
             call, block, row, natural_base(rows.base[i]), rows.sum[i], exists, exists && threadIdx.x % 4 == 0);
         if (!exists) continue;
-#pragma unroll
-        for (int n = 0; n < VALUE_TILES; ++n)
-            for (int e = 0; e < 2; ++e) {
-                int column = column_of(n, e);
-                if (column < call.value_dim)
-                    end_element<float>(call, block, row, column, end, rows.acc[i / 2][n][i % 2 * 2 + e]);
-            }
+        end_elements<float, 2 * VALUE_TILES>(
+            call, block, row, end, [&](int n) { return column_of(n / 2, n % 2); },
+            [&](int n) -> float& { return rows.acc[i / 2][n / 2][i % 2 * 2 + n % 2]; });
     }
 }
 

@@ -27,7 +27,7 @@ SPAN_KEYS = {
     "single.cu": 128,
     "split.cu": 2048,
     "split_wide.cu": 1024,
-    "double.cu": 2048,
+    "double.cu": 512,
 }
 # What kernels keep in static shared memory beside that, for each warp at most.
 _STATIC_BYTES = 80
