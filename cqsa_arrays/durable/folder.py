@@ -99,7 +99,8 @@ class JobFolder:
         try:
             with suppress(FileExistsError):
                 os.mkdir(self.path)
-            foreign = sorted(name for name in os.listdir(self.path) if not (OWN.fullmatch(name) or OLD.fullmatch(name)))
+            others = (name for name in os.listdir(self.path) if not (OWN.fullmatch(name) or OLD.fullmatch(name)))
+            foreign = sorted(name for name in others if not name.startswith("."))  # a system's, as .nfs... and .DS_Store
         except OSError as error:
             raise StorageError(f"{self.path}: {error.strerror}. A job keeps its record there.") from error
         if foreign:

@@ -193,6 +193,23 @@ def test_a_copied_job_is_a_job_of_its_own(begun) -> None:
     goes_on(begun)
 
 
+def test_files_of_a_system_are_no_hindrance(here) -> None:
+    """A client of NFS gives a removed file that is still open such a name, a file manager leaves others."""
+    make(CASE)
+    expected = unbroken(CASE)
+    os.mkdir("out.h5.job")
+    names = [Path("out.h5.job") / name for name in (".nfs000000000001", ".DS_Store")]
+    for name in names:
+        name.write_text("a system's")
+    assert run(command(CASE), KilledAtCommit(2)) == -signal.SIGKILL
+    inside = Path(max(glob("out.h5.job/*/"), key=len)) / ".nfs000000000002"
+    inside.write_text("a system's")
+    assert run(command(CASE)) == 0, log()
+    assert digest() == expected
+    assert all(name.exists() for name in names)
+    assert cqsa.status("out.h5").finished
+
+
 def test_a_folder_of_somebody_else_is_left_alone(here) -> None:
     make(CASE)
     os.mkdir("out.h5.job")
