@@ -100,7 +100,7 @@ class JobFolder:
             with suppress(FileExistsError):
                 os.mkdir(self.path)
             others = (name for name in os.listdir(self.path) if not (OWN.fullmatch(name) or OLD.fullmatch(name)))
-            foreign = sorted(name for name in others if not name.startswith("."))  # a system's, as .nfs... and .DS_Store
+            foreign = sorted(name for name in others if not name.startswith("."))  # not .nfs... or .DS_Store
         except OSError as error:
             raise StorageError(f"{self.path}: {error.strerror}. A job keeps its record there.") from error
         if foreign:

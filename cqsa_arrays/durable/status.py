@@ -9,6 +9,7 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass
 
 from ..errors import ArgumentError, StorageError, one_line
+from ..planner import MOST_LANES
 from ..storage import describe, target_of
 from ..tables import html_table
 from ..units import format_seconds
@@ -28,12 +29,13 @@ MOST_LINES = 16
 class LaneStatus:
     """One lane: visible pairs that are committed, whether it is ``done``; who computes it now, and since when.
 
-    ``running_since`` and ``committed_at`` are seconds of the clock of the machine that computed.
+    ``running_since`` and ``committed_at`` are seconds of the clock of the machine that computed. ``pairs`` and
+    ``computed_s`` are None of a finished job.
     """
 
     lane: int
-    pairs: int
-    computed_s: float
+    pairs: int | None
+    computed_s: float | None
     done: bool
     running: str | None
     running_since: float | None
@@ -48,8 +50,7 @@ class JobStatus:
     make the whole job, ``done_pairs`` of them are done; ``rate`` is pairs a second over the last commits of the lanes
     that run, or where none does of the last ones, and ``left_s`` the seconds that are left at that rate. ``computed_s``
     are the seconds that all runs took until their last commits, ``begun`` is the time (of the clock, in seconds) at
-    which the job was begun: both None of a finished job, whose file does not say. ``lanes`` are those of an unfinished
-    job.
+    which the job was begun: both None of a finished job, whose file does not say.
     """
 
     out: str
@@ -107,7 +108,7 @@ class JobStatus:
         return f"<JobStatus {self.out!r}: {self.share:.2%} done, {self.state}>"
 
     def _repr_html_(self) -> str:
-        lanes = [(lane.lane, *_lane_facts(lane, self.pairs)) for lane in self.lanes]
+        lanes = [(lane.lane, *_lane_facts(lane, self.pairs)) for lane in self.lanes if not self.finished]
         return html_table(repr(self)[1:-1], lanes, ("lane", "done", "saved", "by") if lanes else ())
 
 
@@ -123,7 +124,7 @@ def _lane_facts(lane: LaneStatus, pairs: int) -> tuple[str, str, str]:
         who = f"computed by {one_line(lane.running)}, which began {since} ago"
     else:
         who = "nobody computes it"
-    return f"{lane.pairs / max(1, pairs):.2%} of the job", ago, who
+    return f"{(lane.pairs or 0) / max(1, pairs):.2%} of the job", ago, who
 
 
 def status(out: str) -> JobStatus:
@@ -159,7 +160,8 @@ def _status(out: str, folder: JobFolder, fact: JobFact) -> JobStatus:
     known = [rate for rate, _ in rates if rate is not None]
     # Lanes that ran one after the other do not add up.
     rate = sum(now) if now else max(known, default=None)
-    done, computed = sum(lane.pairs for lane in lanes), sum(lane.computed_s for lane in lanes)
+    known_records = [record for record in records if record is not None]
+    done, computed = sum(r.pairs for r in known_records), sum(r.computed_s for r in known_records)
     left = None if not rate else (fact.pairs - done) / rate
     state = "running" if runners else "stopped"
     return JobStatus(out, state, fact.pairs, done, fact.flops, rate, left, computed, fact.begun, fact.device, lanes)
@@ -208,11 +210,13 @@ def finished_status(out: str) -> JobStatus:
     try:
         plan = json.loads(str(attributes["plan"]))
         flops, device, problem = int(plan["flops"]), str(plan["device"]), plan["problem"]
+        lanes = range(min(int((plan.get("durability") or {}).get("lanes", 0)), MOST_LANES))
         pairs = flops // (2 * (int(problem["q"]["shape"][3]) + int(problem["v"]["shape"][3])))
-    except (LookupError, TypeError, ValueError, RecursionError, ZeroDivisionError) as error:
+    except (LookupError, TypeError, ValueError, RecursionError, ZeroDivisionError, AttributeError) as error:
         found = f"{out}, which no job has written"
         raise ArgumentError("out", found, "the output of a job", "Name the file that the job writes.") from error
-    return JobStatus(out, "finished", pairs, pairs, flops, None, None, None, None, device, ())
+    done = tuple(LaneStatus(lane, None, None, True, None, None, None) for lane in lanes)
+    return JobStatus(out, "finished", pairs, pairs, flops, None, None, None, None, device, done)
 
 
 def _rate(moments: tuple[Moment, ...]) -> float | None:
