@@ -42,7 +42,7 @@ MOST_BLOCKS_AT_ONCE = 64
 # A step is run in parts of about so many seconds, between which a run may be saved or stopped: on a GPU once the parts
 # that are under way are done, of which there are some. Parts of fewer rows would waste registers of a processor, or
 # leave multiprocessors of a GPU idle; there they are whole blocks of rows of every kernel, which rescales 32 together.
-HOST_PART_S, DEVICE_PART_S = 0.6, 0.3
+HOST_PART_S, DEVICE_PART_S = 0.9, 0.3
 HOST_PART_ROWS, DEVICE_PART_ROWS = 48, 384
 # Longest key block of the rectangular cover.
 KEY_BLOCK_TOKENS = 1 << 20

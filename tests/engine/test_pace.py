@@ -60,7 +60,7 @@ SIZES = [(64, "float32"), (64, "float64"), (256, "float16"), (8, "float32"), (10
 @pytest.mark.parametrize("share", [1.5, 0.5, 0.1])
 def test_parts_take_their_time_on_machines_of_any_speed(dim, dtype, share, mask, heads) -> None:
     """``share`` of the planned rate: slow machines, and those that others use, too."""
-    plan = plan_for(problem(heads=heads, queries=400_000, dim=dim, dtype=dtype, mask=mask), 1 << 30)
+    plan = plan_for(problem(heads=heads, queries=600_000, dim=dim, dtype=dtype, mask=mask), 1 << 30)
     rates, per_pair = MACHINE.rates, 4 * dim
     rate = share * rates.flops(plan.problem.compute_dtype, MACHINE.threads) / per_pair
     machine = Machine(plan, lambda _: rate)

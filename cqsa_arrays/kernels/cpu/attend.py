@@ -16,6 +16,7 @@ from .intrinsics import (
     block_masked_values,
     block_more_scores,
     block_scores,
+    block_totals,
     block_values,
     block_weights,
     panel_rows,
@@ -68,7 +69,8 @@ def _state(memory, panels, columns, rows):
 def _totals(memory, panels, columns, rows, exact):
     """What the spans have come to: sums (panels, columns + 1, rows), l being the last of them, and their low parts.
 
-    m and how often all was halved are (panels, rows), factors (2, rows). Low parts are empty unless ``exact``.
+    m and the unit of the sums, a power of 2, are (panels, rows), factors (2, rows). Low parts are empty unless
+    ``exact``.
     """
     low_columns = columns + 1 if exact else 0
     sizes = np.array([panels * (columns + 1), panels * low_columns, panels, panels, 2]) * rows
@@ -76,15 +78,15 @@ def _totals(memory, panels, columns, rows, exact):
     high = memory[: ends[0]].reshape((panels, columns + 1, rows))
     low = memory[ends[0] : ends[1]].reshape((panels, low_columns, rows))
     m = memory[ends[1] : ends[2]].reshape((panels, rows))
-    halved = memory[ends[2] : ends[3]].reshape((panels, rows))
-    totals = high, low, m, halved, memory[ends[3] : ends[4]].reshape((2, rows))
+    unit = memory[ends[2] : ends[3]].reshape((panels, rows))
+    totals = high, low, m, unit, memory[ends[3] : ends[4]].reshape((2, rows))
     _clear_totals(totals)
     return totals
 
 
 @nb.njit
 def _clear_totals(totals):
-    totals[0][:], totals[1][:], totals[2][:], totals[3][:] = 0, 0, -np.inf, 0
+    totals[0][:], totals[1][:], totals[2][:], totals[3][:] = 0, 0, -np.inf, 1
 
 
 @nb.njit
@@ -127,43 +129,34 @@ def _clear(state):
 def _factors(totals, span, panel):
     """What the totals and the span of each row of a panel weigh on their common base.
 
-    The joint sum is 1 at most: where it would be more, all is halved, and how often is counted, for that is exact.
+    The joint sum is 1 at most: where it would be more, all is halved, which is exact, and so is the unit.
     """
-    (high, _, m, halved, factors), (_, span_m, span_l) = totals, span
+    (high, _, m, unit, factors), (_, span_m, span_l) = totals, span
     for lane in range(m.shape[1]):
         more, best = np.float64(span_m[panel, lane]), m[panel, lane]
         joint = more if more > best else best
         old = 1.0 if joint == best else math.exp(best - joint)
-        new = (1.0 if joint == more else math.exp(more - joint)) * 0.5 ** halved[panel, lane]
+        new = (1.0 if joint == more else math.exp(more - joint)) * unit[panel, lane]
         while high[panel, -1, lane] * old + span_l[panel, lane] * new > 1:
-            old, new, halved[panel, lane] = 0.5 * old, 0.5 * new, halved[panel, lane] + 1
+            old, new, unit[panel, lane] = 0.5 * old, 0.5 * new, 0.5 * unit[panel, lane]
         m[panel, lane], factors[0, lane], factors[1, lane] = joint, old, new
 
 
 @nb.njit
-def _add(high, low, factors, more):
-    """``high + low``, one row of a panel, times its factors, plus ``more`` times its own, by Knuth's two-sum."""
-    for lane in range(high.shape[0]):
-        before, x = high[lane] * factors[0, lane], more[lane] * factors[1, lane]
-        total = before + x
-        if low.shape[0]:
-            back = total - before
-            low[lane] = low[lane] * factors[0, lane] + ((before - (total - back)) + (x - back))
-        high[lane] = total
-
-
-@nb.njit
-def _merge_span(totals, span):
+def _merge_span(scratch, totals, span):
     """Merge the statistics of one span into the totals, whose digits keep the error flat in the number of spans."""
-    (high, low, _, _, factors), (acc, _, normalizer) = totals, span
-    panels, columns, _ = acc.shape
-    nothing = low[:0, 0, 0] if low.shape[1] == 0 else low[0, 0]
+    (high, low, _, _, factors), (acc, span_m, normalizer) = totals, span
+    panels, columns, rows = acc.shape
+    factors_at, row_bytes = factors.ctypes.data, rows * scratch.itemsize
     for panel in range(panels):
         _factors(totals, span, panel)
-        for column in range(columns + 1):
-            more = acc[panel, column] if column < columns else normalizer[panel]
-            _add(high[panel, column], low[panel, column] if low.shape[1] else nothing, factors, more)
-    _clear(span)
+        at = panel * (columns + 1) * rows * 8
+        high_at, low_at = high.ctypes.data + at, low.ctypes.data + at
+        last = columns * rows * 8
+        acc_at, l_at = acc.ctypes.data + panel * columns * row_bytes, normalizer.ctypes.data + panel * row_bytes
+        block_totals(scratch, acc_at, high_at, low_at, factors_at, columns)
+        block_totals(scratch, l_at, high_at + last, low_at + last, factors_at, 1)
+    span_m[:] = -np.inf
 
 
 @nb.njit
@@ -194,13 +187,13 @@ def _merge_state(acc, m, normalizer, parts, several):
 
     Rows that saw nothing keep their bits; what ``acc`` holds for a row that saw nothing before is never read.
     """
-    (span_acc, span_m, span_l), (high, low, total_m, halved, _) = parts[1], parts[2]
+    (span_acc, span_m, span_l), (high, low, total_m, units, _) = parts[1], parts[2]
     rows = span_m.shape[1]
     for row in range(m.shape[0]):
         panel, lane = row // rows, row % rows
         base, total, unit = np.float64(span_m[panel, lane]), np.float64(span_l[panel, lane]), 1.0
         if several:
-            base, total, unit = total_m[panel, lane], high[panel, -1, lane], 2.0 ** halved[panel, lane]
+            base, total, unit = total_m[panel, lane], high[panel, -1, lane], 1 / units[panel, lane]
         if base == -np.inf and total == 0:
             continue
         fresh = m[row] == -np.inf and normalizer[row] == 0
@@ -263,7 +256,7 @@ def _attend_pieces(parts, row_start, rows_end, pieces, diagonal, value_dim, copi
         for start in range(0, tokens, BLOCK_KEYS):
             count = min(BLOCK_KEYS, tokens - start)
             if span_keys + count > SPAN_KEYS:
-                _merge_span(total, span)
+                _merge_span(parts[7], total, span)
                 span_keys, several = 0, True
             span_keys += count
             values_at = value_at + start * value_stride
@@ -272,7 +265,7 @@ def _attend_pieces(parts, row_start, rows_end, pieces, diagonal, value_dim, copi
             keys = (key_at + start * key_stride, key_stride, copied, copied_stride, count)
             _attend_block(parts, first_row, keys, value_dim, with_margins)
     if several:
-        _merge_span(total, span)
+        _merge_span(parts[7], total, span)
     return several
 
 

@@ -100,3 +100,8 @@ def block_masked_values(typing_context, scratch, weights, values, stride, count,
 @intrinsic
 def block_copy(typing_context, scratch, rows, stride, count, row_bytes, out, out_stride):
     return _call("copy", scratch, 6)
+
+
+@intrinsic
+def block_totals(typing_context, scratch, sums, high, low, factors, columns):
+    return _call("totals", scratch, 5)

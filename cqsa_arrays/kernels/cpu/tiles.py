@@ -58,7 +58,7 @@ class Tile:
 
 
 def total_rows(itemsize: int, columns: int) -> int:
-    """Rows of float64 that the totals of a panel take: acc, l, m and how often all was halved.
+    """Rows of float64 that the totals of a panel take: acc, l, m and the unit of the sums.
 
     Totals of float64 arithmetic have low parts of acc and l besides.
     """

@@ -7,6 +7,7 @@ Vector lanes are query rows, so a softmax row lives in one lane and no step redu
     weights   S <- exp(S - m),  l <- l * alpha + sum(S),  alpha = exp(m_old - m)
     values    At (Dv, R)   = At * alpha + V^T (Dv, keys) @ S (keys, R)
 
+and every span of blocks ends with ``totals``, which adds At and l to sums in float64.
 Keys and values are read one scalar broadcast at a time, with the caller's token stride. The two products are the same
 register tile: ``tile.keys`` scalars against ``tile.vectors`` vectors, accumulators in registers. Everything is plain
 IEEE arithmetic with explicit fused multiply-adds: no fast-math flag, so that NaN and infinity survive.
@@ -54,6 +55,7 @@ class Emitter:
         self.scalar = ir.FloatType() if tile.dtype == "float32" else ir.DoubleType()
         self.vector = ir.VectorType(self.scalar, tile.lanes)
         self.bits = ir.VectorType(ir.IntType(8 * tile.itemsize), tile.lanes)
+        self.wide = ir.VectorType(ir.DoubleType(), tile.lanes)
 
     def splat(self, scalar: ir.Value) -> ir.Value:
         one = self.build.insert_element(
@@ -88,6 +90,25 @@ class Emitter:
     def store(self, value: ir.Value, base: ir.Value, row: ir.Value | int, vector: int) -> None:
         store = self.build.store(value, self.vector_pointer(base, row, vector))
         store.align = self.tile.lanes * self.tile.itemsize
+
+    def wide_pointer(self, base: ir.Value, row: ir.Value | int, vector: int) -> ir.Value:
+        """The same of an array in float64."""
+        row = I64(row) if isinstance(row, int) else row
+        element = self.build.add(self.build.mul(row, I64(self.tile.rows)), I64(vector * self.tile.lanes))
+        return self.build.bitcast(self.build.gep(base, [self.build.mul(element, I64(8))]), self.wide.as_pointer())
+
+    def load_wide(self, base: ir.Value, row: ir.Value | int, vector: int) -> ir.Value:
+        load = self.build.load(self.wide_pointer(base, row, vector))
+        load.align = 8
+        return load
+
+    def store_wide(self, value: ir.Value, base: ir.Value, row: ir.Value | int, vector: int) -> None:
+        store = self.build.store(value, self.wide_pointer(base, row, vector))
+        store.align = 8
+
+    def widened(self, x: ir.Value) -> ir.Value:
+        """``x`` in float64."""
+        return x if self.tile.itemsize == 8 else self.build.fpext(x, self.wide)
 
     def fma(self, a: ir.Value, b: ir.Value, c: ir.Value) -> ir.Value:
         name = f"llvm.fma.v{self.tile.lanes}f{8 * self.tile.itemsize}"
@@ -312,6 +333,25 @@ def _values(
                 e.store(e.fma(e.load(accumulator, column, v), factor, products[j][v]), accumulator, column, v)
 
 
+def _totals(e: Emitter, sums: ir.Value, high: ir.Value, low: ir.Value, factors: ir.Value, columns: ir.Value) -> None:
+    """totals(in/out sums, in/out high, in/out low, factors, column count): high <- high * old + sums * new, sums <- 0.
+
+    ``factors`` are old and new of every row. In float64 arithmetic ``low`` keeps what is rounded off (Knuth's two-sum).
+    """
+    for v in range(e.tile.vectors):
+        old, new = e.load_wide(factors, 0, v), e.load_wide(factors, 1, v)
+        with e.loop(columns) as column:
+            before = e.build.fmul(e.load_wide(high, column, v), old)
+            more = e.build.fmul(e.widened(e.load(sums, column, v)), new)
+            total = e.build.fadd(before, more)
+            e.store_wide(total, high, column, v)
+            e.store(e.constant(0.0), sums, column, v)
+            if e.tile.itemsize == 8:
+                back = e.build.fsub(total, before)
+                rest = e.build.fadd(e.build.fsub(before, e.build.fsub(total, back)), e.build.fsub(more, back))
+                e.store_wide(e.fma(e.load_wide(low, column, v), old, rest), low, column, v)
+
+
 def _copy(
     e: Emitter, source: ir.Value, stride: ir.Value, count: ir.Value, size: ir.Value, out: ir.Value, out_stride: ir.Value
 ) -> None:
@@ -330,6 +370,7 @@ _BODIES: dict[str, tuple[str, Callable[..., None]]] = {
     "weights": ("pipppp", _weights),
     "values": ("ppiiippp", partial(_values, masked=False)),
     "copy": ("piiipi", _copy),
+    "totals": ("ppppi", _totals),
     "masked_values": ("ppiiippp", partial(_values, masked=True)),
 }
 FUNCTIONS = tuple(_BODIES)

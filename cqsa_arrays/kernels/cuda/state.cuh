@@ -1,7 +1,7 @@
 // The end of a launch's rows: their statistics over its keys are merged into the state, or the rows are finished.
 //
 // For each row a kernel calls `end_of_row`, which deals with m, l and lse, and gets the two factors by which every
-// element of acc is then combined by `end_element`:   acc' = old * acc + fresh * accumulated.
+// element of acc is then combined by `end_element`, or by `end_elements`:   acc' = old * acc + fresh * accumulated.
 //
 // A state leaves with l near 1, its base m moved accordingly, so that acc is a mean of values and as large as they are: a
 // sum of many large values would not be finite. What is rounded off m and l goes into the factors, so that a merge costs
@@ -106,7 +106,11 @@ __device__ __forceinline__ void end_elements(
     if (end.skip) return;
     const int64 acc = element_of(call.acc_strides, place, row), out = element_of(call.out_strides, place, row);
     const int columns = call.value_dim;
-    REAL factor = end.has_old ? REAL(1) : end.has_fresh ? REAL(end.fresh) : REAL(0);
+    const REAL factor = end.has_old || !end.has_fresh ? REAL(1) : REAL(end.fresh);
+    if (!end.has_old && !end.has_fresh) {
+#pragma unroll
+        for (int n = 0; n < COUNT; ++n) at(n) = 0;  // weights of 0 beside an infinite value have made it a NaN
+    }
     if (end.has_old) {
         const REAL* before = static_cast<const REAL*>(call.acc) + acc;
 #pragma unroll
