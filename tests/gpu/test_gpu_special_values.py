@@ -76,6 +76,19 @@ def test_scores_of_minus_infinity_weigh_nothing(family):
 
 
 @by_family
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf], ids=str)
+def test_rows_without_any_weight_are_zero_whatever_values_they_see(family, bad):
+    """All scores are minus infinity, in tiles that are wholly visible."""
+    one = case(family, seed=19)
+    one.q[..., 0], one.k[..., 0] = 1, -np.inf
+    one.v[:, :, 5, 3] = bad
+    for state in (None, empty_state(one, family, poisoned=True)):
+        out, lse = launch(family, one, state=state, span=128 if state else SPAN)
+        assert (out == 0).all()
+        assert (lse == -np.inf).all()
+
+
+@by_family
 def test_values_of_keys_that_weigh_nothing_but_are_far_below_the_largest(family):
     """Scores hundreds apart: the weights of most keys are 0, and nothing overflows."""
     one = case(family, seed=18)

@@ -13,9 +13,10 @@
 //   block +---+---+---+    +---+---+--       tiles that none of its rows sees are skipped,
 //                                            rows are tested only in tiles that some row sees in part
 //
-// Every `span_keys` keys are accumulated from zero; the spans of a launch are added up from zero, and merged into the state
-// once, so that the error does not grow with the number of keys (Blanchard, Higham and Mary, "A class of fast and accurate
-// summation algorithms", 2020). Rows are independent, nothing is added atomically: the same call gives the same bits.
+// Every `span_keys` keys are accumulated from zero (in double.cu from what rounding has left of the spans before); the spans
+// of a launch are added up from zero, and merged into the state once, so that the error does not grow with the number of
+// keys (Blanchard, Higham and Mary, "A class of fast and accurate summation algorithms", 2020). Rows are independent,
+// nothing is added atomically: the same call gives the same bits.
 //
 // This file needs no header of the toolkit: NVRTC compiles it as it is.
 #pragma once

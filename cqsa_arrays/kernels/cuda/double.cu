@@ -73,7 +73,7 @@ struct Shared {
 };
 static_assert(sizeof(Shared) == SHARED_BYTES, "the host computes the same size");
 
-// The high word of a double, as a float, which has the same order; NaN for an infinity, a NaN, and beyond 2^1016.
+// The high word of a double, as a float, which has the same order; an infinity or NaN from 2^1017 on.
 __device__ __forceinline__ float high_word(double x) { return __int_as_float(__double2hiint(x)); }
 
 // What a thread keeps. Row i of ROWS of the softmax is row  16 ROW_TILES (warp / PARTS) + 8 i + lane / 4  of the block;

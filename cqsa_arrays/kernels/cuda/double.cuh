@@ -80,7 +80,8 @@ __constant__ double POWERS[16] = {
     0x1.6a09e667f3bcdp-1000, 0x1.7a11473eb0187p-1000, 0x1.8ace5422aa0dbp-1000, 0x1.9c49182a3f090p-1000,
     0x1.ae89f995ad3adp-1000, 0x1.c199bdd85529cp-1000, 0x1.d5818dcfba487p-1000, 0x1.ea4afa2a490dap-1000};
 
-// 2^(x c / 16 - SMALL) for c > 0 and x c / 16 up to GROWTH; 0 where x c / 16 is below -960, also of -inf; of NaN either 0 or NaN.
+// 2^(x c / 16 - SMALL) for c > 0 and x c / 16 up to GROWTH; 0 where x c / 16 is below -960, also of -inf; of NaN either 0
+// or NaN.
 // With n = round(x c) and the rest f, 2^(n / 16) is made of `powers` and the exponent, 2^(f / 16) = 1 + f p(f) of an
 // interpolation at the Chebyshev points (relative error 2^-56). `powers` is POWERS in shared memory: 16 doubles lie in
 // every bank once, so that no two lanes are in each other's way.

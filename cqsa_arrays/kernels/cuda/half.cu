@@ -21,7 +21,7 @@
 // The first group copies tile i + 2 in parts between its products, into places that both groups have left.
 //
 // Sources: Dao, "FlashAttention-2", arXiv 2307.08691 (the loop, rows by warps); Shah et al., "FlashAttention-3", arXiv
-// 2407.08608 (groups that take turns); Zadouri et al., "FlashAttention-4" (rescaling only where a maximum grew by 2^8).
+// 2407.08608 (groups that take turns); Zadouri et al., "FlashAttention-4" (rescaling only where a maximum grew much).
 // Defines: ELEMENT (FLOAT16 or BFLOAT16), HEAD_DIM, VALUE_DIM, BLOCK_ROWS, BLOCK_KEYS, WARPS, BLOCKS (a multiprocessor),
 // SHARED_BYTES.
 #include "half.cuh"
