@@ -14,7 +14,8 @@ from ..planner import DEVICE_PART_S, HOST_PART_S, Plan
 from .schedule import Work
 
 # Until something is measured parts take this share of their time by the plan's rates. A GPU that waits for the next
-# launch loses more, and slow ones are rare.
+# launch loses more, and slow ones are rare. A call that is no job cannot be stopped between parts (an interruption ends
+# it within one), and threads wait for each other at the end of each: its first one is as long as any.
 HOST_FIRST, DEVICE_FIRST = 1 / 8, 1 / 2
 # Of a GPU: what is under way before the last part should be done within this time, for all of it must be waited for.
 MOST_AHEAD_S = 0.1
@@ -30,6 +31,8 @@ class Pace:
         self._mask, self._most_rows = plan.problem.mask, plan.part_rows
         self._unit = min(plan.chosen.part_unit, plan.part_rows)
         self._part_s, first = (HOST_PART_S, HOST_FIRST) if plan.device == "cpu" else (DEVICE_PART_S, DEVICE_FIRST)
+        if plan.device == "cpu" and plan.durability is None:
+            first = 1.0
         row_s = plan.chosen.part_s / plan.chosen.part_rows
         self._first_rows = int(first * self._part_s / row_s) if row_s else self._most_rows
         self._clock, self._lock = clock, threading.Lock()

@@ -16,7 +16,8 @@ import cqsa_arrays as cqsa
 from cqsa_arrays.engine.pace import Pace, parts
 from cqsa_arrays.engine.schedule import Schedule
 from cqsa_arrays.masks import Causal, Full
-from cqsa_arrays.planner import DEVICE_PART_S, HOST_PART_S, Plan
+from cqsa_arrays.planner import DEVICE_PART_S, HOST_PART_S, Plan, Problem
+from cqsa_arrays.planner.durability import durability
 from cqsa_arrays.planner.memory import DEVICE_TILE_TOKENS, TILE_TOKENS
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "planner"))
@@ -51,6 +52,12 @@ class Machine:
         return found
 
 
+def job_for(one: Problem, size_bytes: int) -> Plan:
+    """The plan of a job, which can be stopped."""
+    plan = plan_for(one, size_bytes)
+    return replace(plan, durability=durability(one, plan.chosen, MACHINE.rates, 1, None))
+
+
 SIZES = [(64, "float32"), (64, "float64"), (256, "float16"), (8, "float32"), (1024, "bfloat16"), (1, "float64")]
 
 
@@ -60,7 +67,7 @@ SIZES = [(64, "float32"), (64, "float64"), (256, "float16"), (8, "float32"), (10
 @pytest.mark.parametrize("share", [1.5, 0.5, 0.1])
 def test_parts_take_their_time_on_machines_of_any_speed(dim, dtype, share, mask, heads) -> None:
     """``share`` of the planned rate: slow machines, and those that others use, too."""
-    plan = plan_for(problem(heads=heads, queries=600_000, dim=dim, dtype=dtype, mask=mask), 1 << 30)
+    plan = job_for(problem(heads=heads, queries=600_000, dim=dim, dtype=dtype, mask=mask), 1 << 30)
     rates, per_pair = MACHINE.rates, 4 * dim
     rate = share * rates.flops(plan.problem.compute_dtype, MACHINE.threads) / per_pair
     machine = Machine(plan, lambda _: rate)
@@ -71,6 +78,14 @@ def test_parts_take_their_time_on_machines_of_any_speed(dim, dtype, share, mask,
     longest_s = max(seconds for _, _, seconds in found)
     assert longest_s <= 1.1 * max(HOST_PART_S * max(1, 1 / (8 * share)), shortest_s)
     assert longest_s <= 1.2, "with what a commit takes, about a second"
+
+
+def test_a_call_that_cannot_be_stopped_begins_with_a_whole_part() -> None:
+    plan = plan_for(problem(queries=400_000), 1 << 30)
+    rate = MACHINE.rates.flops("float32", MACHINE.threads) / 256
+    (_, first, _), *_ = Machine(plan, lambda _: rate).run(1.0)
+    (_, short, _), *_ = Machine(job_for(plan.problem, 1 << 30), lambda _: rate).run(1.0)
+    assert first > 6 * short
 
 
 def test_a_machine_that_becomes_busy_is_noticed_by_the_next_part() -> None:
