@@ -31,6 +31,7 @@ from kernel_launches import (
 
 from cqsa_arrays.block_statistics import BlockStatistics
 from cqsa_arrays.kernels.base import KeyBlock
+from cqsa_arrays.kernels.cuda.variants import PADDED
 from cqsa_arrays.masks import UNBOUNDED_DIAGONAL
 
 pytestmark = pytest.mark.usefixtures("gpu")
@@ -65,6 +66,15 @@ def test_diagonals(family, low, high, start):
 def test_dimensions(family, dim, value_dim):
     one = case(family, dim, value_dim, seed=2)
     low, high = intervals(one, "random", 3)
+    close(family, one, low, high, *launch(family, one, low=low, high=high))
+
+
+@pytest.mark.parametrize("family", ["half", "hopper", "single", "split", "double"])
+@pytest.mark.parametrize("dim", PADDED)
+@pytest.mark.parametrize("value_dim", PADDED)
+def test_every_pair_of_widths_that_kernels_are_compiled_for(family, dim, value_dim):
+    one = case(family, dim, value_dim, heads=1, seed=17)
+    low, high = intervals(one, "random", 5)
     close(family, one, low, high, *launch(family, one, low=low, high=high))
 
 

@@ -22,6 +22,8 @@ EVERY_TYPE = (*TYPES, PLAIN, ("bfloat16", False, False), HOPPER)
 DIMS = ((64, 64), (128, 128))
 LARGER_DIMS = ((96, 96), (192, 192), (256, 256))
 ODD_DIMS = ((32, 32), (64, 256), (192, 128))
+# Tiles of values that are narrower than a pass of all threads that copy them.
+NARROW = ((TYPES[0], (256, 32)), (TYPES[0], (256, 96)), (TYPES[1], (192, 32)), (TYPES[1], (256, 96)))
 LONG = (512, 512)
 
 
@@ -40,6 +42,7 @@ def cases():
     wanted += [(kind, LONG, arch) for kind, arch in zip(EVERY_TYPE, ARCHITECTURES, strict=True)]
     wanted += [(kind, dims, "sm_90") for kind in (*TYPES, HOPPER) for dims in LARGER_DIMS]
     wanted += [(kind, dims, "sm_90") for kind, dims in zip(TYPES, ODD_DIMS, strict=True)]
+    wanted += [(kind, dims, "sm_90") for kind, dims in NARROW]
     wanted += [(kind, (256, 256), "sm_86") for kind in TYPES]
     wanted += [(HOPPER, dims, "sm_90") for dims in DIMS]
     wanted += [(PLAIN, dims, arch) for dims, arch in zip(DIMS, ("sm_80", "sm_90"), strict=True)]

@@ -20,10 +20,12 @@ __device__ __forceinline__ void copy_rows(
     ELEMENT_TYPE* to, const ELEMENT_TYPE* from, int64 stride, int count, int columns, bool aligned) {
     constexpr int WORD = 16 / sizeof(ELEMENT_TYPE), WORDS = WIDTH / WORD;
     if (aligned) {
-        static_assert(ROWS * WORDS % THREADS == 0 && PITCH % WORD == 0, "whole passes of the block");
+        static_assert(PITCH % WORD == 0, "rows begin with a word");
+        constexpr int PASSES = (ROWS * WORDS + THREADS - 1) / THREADS;
 #pragma unroll
-        for (int i = 0; i < ROWS * WORDS / THREADS; ++i) {
+        for (int i = 0; i < PASSES; ++i) {
             int word = threadIdx.x + i * THREADS, row = word / WORDS, column = word % WORDS * WORD;
+            if (ROWS * WORDS % THREADS != 0 && word >= ROWS * WORDS) break;
             bool wanted = row < count && column < columns;
             copy_word(shared_address(to + row * PITCH + column), wanted ? from + row * stride + column : from, wanted);
         }

@@ -43,11 +43,14 @@ template <int WIDTH, int PITCH>
 struct Stream {
     static constexpr int WORDS = WIDTH / 8, LANES = WORDS & -WORDS, PASS = GROUP_THREADS / LANES;
     static constexpr int PASSES = (BLOCK_KEYS + PASS - 1) / PASS;
-    static_assert(BLOCK_KEYS % PASS == 0, "whole passes");
     const uint16* from;  // of the next tile
     uint32 to;           // in the first tile's memory
 
     __device__ static int column() { return threadIdx.x % LANES * 8; }
+    // Whether this thread copies a row of that pass: the last may have fewer.
+    __device__ static bool takes_part(int pass) {
+        return (pass + 1) * PASS <= BLOCK_KEYS || pass * PASS + threadIdx.x / LANES < BLOCK_KEYS;
+    }
     __device__ __forceinline__ explicit Stream(const uint16* tiles) {
         to = shared_address(tiles) + 2 * (threadIdx.x / LANES * PITCH + column());
     }
@@ -60,16 +63,17 @@ struct Stream {
 #pragma unroll
         for (int pass = 0; pass < PASSES; ++pass) {
 #pragma unroll
-            for (int j = 0; j < WORDS; j += LANES)
+            for (int j = 0; j < WORDS && takes_part(pass); j += LANES)
                 copy_word(memory + to + 2 * (pass * PASS * PITCH + j * 8), from + j * 8, column() + j * 8 < columns);
             from += PASS * stride;
         }
+        from -= (PASSES * PASS - BLOCK_KEYS) * stride;
     }
     // Part `part` of `parts` of it; nothing where `wanted` is 0.
     __device__ __forceinline__ void copy_part(uint32 memory, int64 stride, int columns, int part, int parts, int wanted) {
 #pragma unroll
         for (int pass = 0; pass < PASSES; ++pass) {
-            if (pass * parts / PASSES != part) continue;
+            if (pass * parts / PASSES != part || !takes_part(pass)) continue;
 #pragma unroll
             for (int j = 0; j < WORDS; j += LANES)
                 asm volatile("{ .reg .pred p; setp.ne.b32 p, %3, 0; @p cp.async.cg.shared.global [%0], [%1], 16, %2; }" ::"r"(
