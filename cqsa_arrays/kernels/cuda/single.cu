@@ -24,7 +24,7 @@
 // sums: the next K has arrived, and the next V may take the place of V. So each copy has a whole product to arrive in,
 // and needs no second place.
 //
-// Infinities and NaN of a key or value reach the rows that see it as IEEE arithmetic has it, and by `irregular` no other.
+// A block that has a sum that is not finite at the end of a span leaves its keys to `simple_rows`.
 //
 // Sources: Dao, "FlashAttention-2", arXiv 2307.08691 (the loop, rows by warps, copies half a step ahead); the register
 // tiles and lane order of matrix products without tensor cores: Kerr et al., "CUTLASS" (gemm/warp/mma_simt_policy.h);
@@ -201,38 +201,21 @@ __device__ __forceinline__ void add_values(Rows& rows, const float* weights, con
     }
 }
 
-// Whether the value tile holds an infinity or NaN: times a weight of 0 it would reach rows that do not see it. A barrier.
-__device__ bool irregular(const float* values) {
-    bool found = false;
-    for (int i = threadIdx.x; i < BLOCK_KEYS * VALUE_DIM; i += THREADS)
-        found |= (__float_as_uint(values[i]) & 0x7f800000) == 0x7f800000;
-    return __syncthreads_or(found);
-}
-
-// A span ends; see `close_row`.
-__device__ __forceinline__ void close_span(Rows& rows, Totals<ROWS, 4 * COLUMN_WORDS>& totals, bool first, bool last) {
-#pragma unroll
-    for (int i = 0; i < ROWS; ++i) {
-#pragma unroll
-        for (int offset = 2; offset <= 8; offset *= 2) rows.sum[i] += __shfl_xor_sync(~0u, rows.sum[i], offset);
-        close_row(
-            totals, i, rows.base[i], rows.sum[i],
-            [&](int n) -> float& {
-                float4& word = rows.acc[i][n / 4];
-                return n % 4 == 0 ? word.x : n % 4 == 1 ? word.y : n % 4 == 2 ? word.z : word.w;
-            },
-            first, last);
-    }
-    if (!last) rows.clear();
+// Accumulator n of row i, column by column.
+__device__ __forceinline__ float& element_at(Rows& rows, int i, int n) {
+    float4& word = rows.acc[i][n / 4];
+    return n % 4 == 0 ? word.x : n % 4 == 1 ? word.y : n % 4 == 2 ? word.z : word.w;
 }
 
 // Merge the rows into the state, or finish them. One lane ends a row. Bases, sums and then the accumulators, 32 columns at
 // a time, go through `weights`, the place of the warp's rows of P.
-__device__ __forceinline__ void end_block(const Rows& rows, const Call& call, const Place& block, float* weights) {
+__device__ __forceinline__ void end_block(Rows& rows, const Call& call, const Place& block, float* weights) {
     int lane = threadIdx.x % 32;
     int64 first = block.row + threadIdx.x / 32 * WARP_ROWS;
 #pragma unroll
     for (int i = 0; i < ROWS; ++i) {
+#pragma unroll
+        for (int offset = 2; offset <= 8; offset *= 2) rows.sum[i] += __shfl_xor_sync(~0u, rows.sum[i], offset);
         float* row = weights + (row_lane() + 4 * i) * WEIGHT_PITCH;
         if (key_lane() == 0) row[32] = rows.base[i], row[33] = rows.sum[i];
     }
@@ -302,21 +285,20 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) attend(const __gri
     const float* values = shared.values + 4 * key_lane();
     float* weights = shared.weights + row_of(0) * WEIGHT_PITCH;
     const float c = float(call.scale * LOG2E);
-    Totals<ROWS, 4 * COLUMN_WORDS> totals;
+    constexpr int COLUMNS = 4 * COLUMN_WORDS;
+    Totals<ROWS, COLUMNS> totals;
     Rows rows;
     rows.clear();
+    auto element = [&](int i, int n) -> float& { return element_at(rows, i, n); };
     for (bool first = true; walk.more(call); first = false) {
         for (int span_keys = 0; span_keys < call.span_keys && walk.more(call); span_keys += BLOCK_KEYS) {
             Scores scores;
             score_tile(scores, queries, keys);
-            bool full = walk.full(call, view);
-            if (!full) hide(scores, call, block.row, walk.token(call), walk.count(call));
+            if (!walk.full(call, view)) hide(scores, call, block.row, walk.token(call), walk.count(call));
             raise_bases(rows, scores, c);
             weigh(rows, scores, weights, c);
             copies_arrived();
             __syncthreads();
-            if (!full && irregular(shared.values))
-                return simple_rows<ELEMENT, float, BLOCK_ROWS, BLOCK_KEYS, THREADS>(call, block, view);
             walk.step(call, view);
             if (walk.more(call)) fetch_keys(shared, call, block, walk);
             add_values(rows, weights, values);
@@ -324,7 +306,13 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) attend(const __gri
             __syncthreads();
             if (walk.more(call)) fetch_values(shared, call, block, walk);
         }
-        close_span(rows, totals, first, !walk.more(call));
+        if (irregular<ROWS, COLUMNS>(rows.sum, element))
+            return simple_rows<ELEMENT, float, BLOCK_ROWS, BLOCK_KEYS, THREADS>(call, block, view);
+        if (walk.more(call)) {
+            close_span(totals, rows.base, rows.sum, element, first);
+        } else if (!first) {
+            join_totals(totals, rows.base, rows.sum, element);
+        }
     }
     end_block(rows, call, block, shared.weights + threadIdx.x / 32 * WARP_ROWS * WEIGHT_PITCH);
 }

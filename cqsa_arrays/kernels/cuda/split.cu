@@ -262,21 +262,22 @@ __device__ __forceinline__ void attend_tile(
             add_values(rows, weights, values, back * power_of_two(-LIFT * times), factor);
 }
 
-// A span ends; see `close_row`.
-__device__ __forceinline__ void close_span(Rows& rows, Totals<ROWS, 2 * VALUE_TILES>& totals, bool first, bool last) {
+// Accumulator n of row i.
+__device__ __forceinline__ float& element_at(Rows& rows, int i, int n) {
+    return rows.acc[i / 2][n / 2][i % 2 * 2 + n % 2];
+}
+// Sums of a row's four lanes.
+__device__ __forceinline__ void join_lanes(Rows& rows) {
 #pragma unroll
     for (int i = 0; i < ROWS; ++i) {
         rows.sum[i] += __shfl_xor_sync(~0u, rows.sum[i], 1);
         rows.sum[i] += __shfl_xor_sync(~0u, rows.sum[i], 2);
-        close_row(
-            totals, i, rows.base[i], rows.sum[i],
-            [&](int n) -> float& { return rows.acc[i / 2][n / 2][i % 2 * 2 + n % 2]; }, first, last);
     }
-    if (!last) rows.clear();
 }
 
 // Merge the rows into the state, or finish them. Rows are staged at `stage`.
-__device__ __forceinline__ void end_block(const Rows& rows, const Call& call, const Place& block, float* stage) {
+__device__ __forceinline__ void end_block(Rows& rows, const Call& call, const Place& block, float* stage) {
+    join_lanes(rows);
     int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
     float* staged = stage + warp / TURNS * 16 * STAGE_PITCH;
 #pragma unroll 1
@@ -327,6 +328,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) attend(const __gri
     Totals<ROWS, 2 * VALUE_TILES> totals;
     Rows rows;
     rows.clear();
+    auto element = [&](int i, int n) -> float& { return element_at(rows, i, n); };
     int span_keys = 0;
     bool first = true;  // span
     while (walk.more(call)) {
@@ -351,7 +353,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) attend(const __gri
         score_tile(scores, queries, keys);
         if (!full) hide(scores, call, block.row, token, count);
         attend_tile(rows, scores, values, c * power_of_two(-query_scale - key_scale), value_scale);
-        if (last || span_keys >= call.span_keys) close_span(rows, totals, first, last), first = false, span_keys = 0;
+        if (!last && span_keys >= call.span_keys)
+            close_span(totals, rows.base, rows.sum, element, first), first = false, span_keys = 0;
     }
+    if (!first) join_totals(totals, rows.base, rows.sum, element);
     end_block(rows, call, block, reinterpret_cast<float*>(shared.keys.high));
 }

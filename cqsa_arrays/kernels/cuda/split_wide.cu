@@ -281,34 +281,22 @@ __device__ __forceinline__ void add_values(Rows& rows, const Scores& weights, in
     }
 }
 
-// Whether a row of the block has a sum that is not finite; a barrier. Finite values have finite sums.
-__device__ __forceinline__ bool irregular(const Rows& rows) {
-    float zero = 0;  // x * 0 is NaN for those
-#pragma unroll
-    for (int i = 0; i < ROWS; ++i) {
-        zero = fmaf(rows.sum[i], 0.0f, zero);
-#pragma unroll
-        for (int n = 0; n < VALUE_TILES; ++n)
-            for (int e = 0; e < 2; ++e) zero = fmaf(rows.acc[i / 2][n][i % 2 * 2 + e], 0.0f, zero);
-    }
-    return __syncthreads_or(zero != zero);
+// Accumulator n of row i.
+__device__ __forceinline__ float& element_at(Rows& rows, int i, int n) {
+    return rows.acc[i / 2][n / 2][i % 2 * 2 + n % 2];
 }
-
-// A span ends; see `close_row`.
-__device__ __forceinline__ void close_span(Rows& rows, Totals<ROWS, 2 * VALUE_TILES>& totals, bool first, bool last) {
+// Sums of a row's four lanes.
+__device__ __forceinline__ void join_lanes(Rows& rows) {
 #pragma unroll
     for (int i = 0; i < ROWS; ++i) {
         rows.sum[i] += __shfl_xor_sync(~0u, rows.sum[i], 1);
         rows.sum[i] += __shfl_xor_sync(~0u, rows.sum[i], 2);
-        close_row(
-            totals, i, rows.base[i], rows.sum[i],
-            [&](int n) -> float& { return rows.acc[i / 2][n / 2][i % 2 * 2 + n % 2]; }, first, last);
     }
-    if (!last) rows.clear();
 }
 
 // Merge the rows into the state, or finish them.
 __device__ __forceinline__ void end_block(Rows& rows, const Call& call, const Place& block) {
+    join_lanes(rows);
 #pragma unroll
     for (int i = 0; i < ROWS; ++i) {
         int64 row = block.row + row_of(i);
@@ -318,7 +306,7 @@ __device__ __forceinline__ void end_block(Rows& rows, const Call& call, const Pl
         if (!exists) continue;
         end_elements<float, 2 * VALUE_TILES>(
             call, block, row, end, [&](int n) { return column_of(n / 2, n % 2); },
-            [&](int n) -> float& { return rows.acc[i / 2][n / 2][i % 2 * 2 + n % 2]; });
+            [&](int n) -> float& { return element_at(rows, i, n); });
     }
 }
 
@@ -357,9 +345,11 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) attend(const __grid_con
     int g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
     const float* queries = shared.queries + row_of(0) * KEY_PITCH + 4 * t;
     const float c = float(call.scale * LOG2E);
-    Totals<ROWS, 2 * VALUE_TILES> totals;
+    constexpr int COLUMNS = 2 * VALUE_TILES;
+    Totals<ROWS, COLUMNS> totals;
     Rows rows;
     rows.clear();
+    auto element = [&](int i, int n) -> float& { return element_at(rows, i, n); };
     const int span_tiles = int(call.span_keys / BLOCK_KEYS);
     int tile = 0, span = 0;  // tiles so far, and before the current span
     while (walk.more(call)) {
@@ -376,9 +366,13 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) attend(const __grid_con
             copies_arrived();
             __syncthreads();
         }
-        if (irregular(rows))
+        if (irregular<ROWS, COLUMNS>(rows.sum, element))
             return simple_rows<ELEMENT, float, BLOCK_ROWS, BLOCK_KEYS, THREADS>(call, notes.block, view);
-        close_span(rows, totals, span == 0, !walk.more(call));
+        if (walk.more(call)) {
+            close_span(totals, rows.base, rows.sum, element, span == 0);
+        } else if (span > 0) {
+            join_totals(totals, rows.base, rows.sum, element);
+        }
         span = tile;
     }
     end_block(rows, call, notes.block);

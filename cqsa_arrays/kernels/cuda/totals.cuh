@@ -1,8 +1,12 @@
-// Sums of a launch for the kernels of float32: spans of keys are accumulated from zero in registers, and added up from zero
-// in float64.
+// Sums of a launch for the kernels of float32: spans of keys are accumulated in registers, and added up in float32, without
+// loss: what rounding takes from a total stays in the registers and joins it at the next span's end, so that the error
+// does not grow with the number of spans.
 //
 // Bases of weights are whole powers of 2, so that moving one costs no rounding. They are kept as float32; LOWEST before any
 // key was seen.
+//
+// Source: Dekker, "A floating-point technique for extending the available precision", Numer. Math. 18 (1971), the sum of
+// two numbers by three additions.
 #pragma once
 #include "fragment.cuh"
 #include "state.cuh"
@@ -20,45 +24,80 @@ constexpr int BATCH = 4;
 // What the spans of a launch have come to so far. It lies in local memory, of which the driver keeps some for every thread
 // that can be resident anyway, and is touched once a span: it takes neither registers nor memory of the plan.
 template <int ROWS, int COLUMNS>
-struct Totals {
-    float base[ROWS];
-    double sum[ROWS], acc[ROWS][COLUMNS];
+struct alignas(16) Totals {
+    float acc[ROWS][COLUMNS], base[ROWS], sum[ROWS];
+    static_assert(COLUMNS % BATCH == 0, "whole batches");
 
     // Who gives its address away keeps it in memory.
     __device__ __forceinline__ Totals() { asm volatile("" ::"l"(this) : "memory"); }
 };
 
-// Row i of a thread at the end of a span, its sum that of all lanes. `at(n)` is its n-th accumulator. Where more keys
-// follow, `totals` take it over, together with those before; else the row has it all.
+// total = old * total + x, of which `x` keeps what is rounded off; `old` is a power of 2. Where x is the larger one, as few
+// are, its last bit may be lost.
+__device__ __forceinline__ void move_to(float& total, float old, float& x) {
+    float sum = fmaf(old, total, x);
+    x -= fmaf(-old, total, sum);
+    total = sum;
+}
+
+// A span ends, after which others follow: what a thread has of its rows joins the totals. `at(i, n)` is accumulator n of row
+// i. All numbers are finite.
 template <int ROWS, int COLUMNS, typename At>
-__device__ __forceinline__ void close_row(
-    Totals<ROWS, COLUMNS>& totals, int i, float& base, float& sum, At at, bool first, bool last) {
-    static_assert(COLUMNS % BATCH == 0, "whole batches");
-    if (first && last) return;
-    float before = first ? LOWEST : totals.base[i], joint = fmaxf(base, before);
-    float fresh = exp2_of(base - joint), old = exp2_of(before - joint);
-    double total = sum * fresh;
-    if (!first) total = fma(totals.sum[i], double(old), total);
-    // Kept at 1 at most.
-    if (total > 1) joint += 1, fresh *= 0.5f, old *= 0.5f, total *= 0.5;
-    base = joint, sum = float(total);
-    totals.base[i] = joint, totals.sum[i] = total;
+__device__ __forceinline__ void close_span(
+    Totals<ROWS, COLUMNS>& totals, float (&base)[ROWS], float (&sum)[ROWS], At at, bool first) {
+    bool large = false;
 #pragma unroll
-    for (int n = 0; n < COLUMNS; n += BATCH) {
-        double before[BATCH] = {};
-        if (!first)
+    for (int i = 0; i < ROWS; ++i) {
+        float old = first ? 0 : exp2_of(totals.base[i] - base[i]), its_sum = first ? 0 : totals.sum[i];
+        move_to(its_sum, old, sum[i]);
+        totals.base[i] = base[i], totals.sum[i] = its_sum;
+        large |= its_sum > 0.125f;
 #pragma unroll
-            for (int j = 0; j < BATCH; ++j) before[j] = totals.acc[i][n + j];
+        for (int n = 0; n < COLUMNS; n += BATCH) {
+            float total[BATCH] = {};
+            // So many are read at once and not all of them, which would not fit the registers.
+            asm volatile("" ::: "memory");
+            if (!first)
 #pragma unroll
-        for (int j = 0; j < BATCH; ++j) {
-            double acc = fma(before[j], double(old), double(at(n + j)) * double(fresh));
-            if (last) {
-                at(n + j) = float(acc);
-            } else {
-                totals.acc[i][n + j] = acc;
-            }
+                for (int j = 0; j < BATCH; ++j) total[j] = totals.acc[i][n + j];
+#pragma unroll
+            for (int j = 0; j < BATCH; ++j) move_to(total[j], old, at(i, n + j)), totals.acc[i][n + j] = total[j];
         }
     }
+    if (!__any_sync(~0u, large)) return;
+    // A row's lanes, eight at most, have a sum of nearly 1: bases rise, so that it never exceeds that.
+#pragma unroll
+    for (int i = 0; i < ROWS; ++i) {
+        base[i] += 1, sum[i] *= 0.5f;
+#pragma unroll
+        for (int n = 0; n < COLUMNS; ++n) at(i, n) *= 0.5f;
+    }
+}
+
+// The rows have all spans, of which the last is not closed.
+template <int ROWS, int COLUMNS, typename At>
+__device__ __forceinline__ void join_totals(
+    const Totals<ROWS, COLUMNS>& totals, const float (&base)[ROWS], float (&sum)[ROWS], At at) {
+#pragma unroll
+    for (int i = 0; i < ROWS; ++i) {
+        float old = exp2_of(totals.base[i] - base[i]);
+        sum[i] = fmaf(old, totals.sum[i], sum[i]);
+#pragma unroll
+        for (int n = 0; n < COLUMNS; ++n) at(i, n) = fmaf(old, totals.acc[i][n], at(i, n));
+    }
+}
+
+// Whether a row of the block has a sum that is not finite; a barrier. Finite values have finite sums.
+template <int ROWS, int COLUMNS, typename At>
+__device__ __forceinline__ bool irregular(const float (&sum)[ROWS], At at) {
+    float zero = 0;  // x * 0 is NaN for those
+#pragma unroll
+    for (int i = 0; i < ROWS; ++i) {
+        zero = fmaf(sum[i], 0.0f, zero);
+#pragma unroll
+        for (int n = 0; n < COLUMNS; ++n) zero = fmaf(at(i, n), 0.0f, zero);
+    }
+    return __syncthreads_or(zero != zero);
 }
 
 // The base of a row's state, from that of its weights.
