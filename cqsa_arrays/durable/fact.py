@@ -17,7 +17,6 @@ from .records import Fields, read_record
 _COUNTS = ("query_parts", "key_parts", "batches", "heads", "tile_tokens")
 _MOST_PARTS = 1 << 50
 _DEVICE = r"[a-z]+(:[a-z0-9]+)?"
-_LOCKING = (None, "on", "off", "best-effort")
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,7 +49,7 @@ class JobFact:
         """How it opens HDF5 files."""
         found = self.request.get("options")
         value = found.get("locking") if isinstance(found, dict) else None
-        return value if value in _LOCKING else None
+        return value if isinstance(value, bool) or value == "best-effort" else None
 
     def facts(self) -> dict[str, Any]:
         """For a record."""

@@ -45,6 +45,7 @@ KINDS = {
 CODE = {"PYTHONPATH": str(Path(__file__).parents[2]), **os.environ}
 CALM_S, END_S = 60.0, 60.0
 """For the last runs of a job that was not done in time; for workers to end when the output is there."""
+STUCK = 124
 
 
 @dataclass
@@ -115,7 +116,7 @@ class Worker:
         except subprocess.TimeoutExpired:
             self.signal(signal.SIGKILL)
             self.process.wait()
-            return 124
+            return STUCK
 
     def go_on(self) -> None:
         self.resume = 0.0
@@ -206,6 +207,8 @@ class Job:
         if code != 0 and not killed:  # some unshare cannot end as its process has
             self.found.ends[f"{code}: {re.sub(r'[0-9a-f]{8,}', '#', last)[:150]}"] += 1
         self.found.alarms += [line for line in text.splitlines() if ALARM.search(line)]
+        if code == STUCK:
+            self.found.alarms.append(f"did not end within {END_S:.0f} s")
 
     def _calm(self) -> None:
         """The disturbed time is over: one worker alone, with an orderly client, must come to the end."""

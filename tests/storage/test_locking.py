@@ -19,6 +19,9 @@ from storage_files import normal, qkv
 import cqsa_arrays as cqsa
 from cqsa_arrays import ArgumentError, JobStopped, Options, StorageError
 from cqsa_arrays.durable import Stop
+from cqsa_arrays.durable.ending import was_finished
+from cqsa_arrays.durable.fact import current
+from cqsa_arrays.durable.folder import JobFolder
 from cqsa_arrays.job import Request, prepared
 from cqsa_arrays.partial import verify_partial
 from cqsa_arrays.resumable import attend, resumed
@@ -170,5 +173,8 @@ def test_an_unfinished_job_remembers(inputs, capsys, said_by):
         with locked(Path("out.h5.part")):
             assert verify_partial("out.h5").passed
         assert resumed("out.h5", device=None, memory=None, options=Options()).options.locking is False
+        fact = current(JobFolder("out.h5"))
         assert run_command(capsys, "resume", "out.h5").code == 0
+        with locked(Path("out.h5")):
+            assert was_finished("out.h5", fact)  # as a process asks that others have overtaken
         assert run_command(capsys, "verify", "out.h5").code == 0
