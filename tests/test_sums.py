@@ -59,7 +59,7 @@ def test_constants_and_nonnegative_values(xp, name, keys):
 
 @by_dtype
 @pytest.mark.parametrize("place", [0.0, 0.5, 1.0], ids=["first", "middle", "last"])
-@pytest.mark.parametrize("score", [4, 12, 18, 24])
+@pytest.mark.parametrize("score", [4, 12, 18, 24, 60])
 def test_mass_in_many_small_weights(xp, name, score, place):
     """One key of score 0 and value 0 among 2^16 of score -s and value 1."""
     (dtype, tolerance), keys = DTYPES[name], 1 << 16
@@ -67,6 +67,8 @@ def test_mass_in_many_small_weights(xp, name, score, place):
     q, k, v = np.zeros((130, 8), dtype), np.zeros((keys, 8), dtype), np.ones((keys, 8), dtype)
     q[:, 0], k[:, 0], k[at], v[at] = 1, -score, 0, 0
     small = (keys - 1) * np.exp(-float(score))
+    if name == "float16" and score > 24:
+        pytest.skip("weights of float16 do not reach that far")
     # float16 loses those in the tile of the largest.
     allowed = tolerance + score * np.finfo("f8" if name == "float64" else "f4").eps + (3e-3 if name == "float16" else 0)
     assert error(attended(xp, q, k, v), small / (1 + small)) <= allowed

@@ -6,6 +6,7 @@
 #include "finish.cuh"
 #include "fragment.cuh"
 #include "simple.cuh"
+#define BOUNDED_VALUES  // a tile with others is left to `simple_rows`
 #include "totals.cuh"
 
 constexpr int THREADS = 32 * WARPS, ROW_TILES = BLOCK_ROWS / (16 * WARPS), ROWS = 2 * ROW_TILES;

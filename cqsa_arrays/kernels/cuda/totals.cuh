@@ -12,8 +12,15 @@
 #include "state.cuh"
 
 constexpr float LOWEST = -3.402823466e38f;
-// Weights of a span are at most 2^-SPAN_BITS, so that their sum is at most 1, and sums of values no larger than these.
+// Weights are at most 2^-SPAN_BITS, so that a span's sum of them is at most 1, and sums of values no larger than these. The
+// totals stay so because bases rise where a thread's part of the sum exceeds MOST_SUM.
+#ifndef BOUNDED_VALUES
 constexpr int SPAN_BITS = 12;
+constexpr float MOST_SUM = 0.125f;
+#else  // below 2^63: sums are finite anyway, and weights reach further down
+constexpr int SPAN_BITS = 0;
+constexpr float MOST_SUM = 1 << 30;
+#endif
 
 // The least whole number from `x` on; LOWEST for -inf.
 __device__ __forceinline__ float whole(float x) { return fmaxf(ceilf(x), LOWEST); }
@@ -51,7 +58,7 @@ __device__ __forceinline__ void close_span(
         float old = first ? 0 : exp2_of(totals.base[i] - base[i]), its_sum = first ? 0 : totals.sum[i];
         move_to(its_sum, old, sum[i]);
         totals.base[i] = base[i], totals.sum[i] = its_sum;
-        large |= its_sum > 0.125f;
+        large |= its_sum > MOST_SUM;
 #pragma unroll
         for (int n = 0; n < COLUMNS; n += BATCH) {
             float total[BATCH] = {};
@@ -65,7 +72,6 @@ __device__ __forceinline__ void close_span(
         }
     }
     if (!__any_sync(~0u, large)) return;
-    // A row's lanes, eight at most, have a sum of nearly 1: bases rise, so that it never exceeds that.
 #pragma unroll
     for (int i = 0; i < ROWS; ++i) {
         base[i] += 1, sum[i] *= 0.5f;
