@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import secrets
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from contextlib import ExitStack, closing, suppress
 from typing import Self
 
@@ -15,7 +15,7 @@ from .folder import LOOKS, JobPaths, Picture
 from .journal import Extent, Journal
 from .record import LaneRecord, lane_record
 from .records import damaged, link_once, read_record, sync_directory, write_record
-from .states import attempts_with_states, make_states, open_states, remove_states_of
+from .states import attempts_with_states, heirs_of, make_states, open_states, remove_states_of
 
 MOST_STATE_BYTES = 1 << 60
 
@@ -23,14 +23,14 @@ MOST_STATE_BYTES = 1 << 60
 class Attempt:
     """An attempt at a lane, going on from ``record``, which another one may have made. A context manager.
 
-    ``claim`` is the one under which it is made. ``inherits``: the other one was over before ``record`` was known to be
-    its last checkpoint.
+    ``claim`` is the one under which it is made. ``over`` are attempts that were over before ``record`` was known to be
+    the newest checkpoint.
     """
 
-    def __init__(self, paths: JobPaths, plan: Plan, record: LaneRecord, claim: int, *, inherits: bool) -> None:
+    def __init__(self, paths: JobPaths, plan: Plan, record: LaneRecord, claim: int, over: Collection[str] = ()) -> None:
         self.name, self._claim = new_attempt(claim), claim
         self._paths, self._plan, self.record = paths, plan, record
-        self._inherits, self._is_heir = inherits, False
+        self._over, self._is_heir = over, False
         self._number, self._is_named, self._at_end = 0, False, False
         self.journal = Journal(paths.journal(self.name), self.name)
         self._before, self._path = record, paths.states(record.lane, self.name)
@@ -49,7 +49,7 @@ class Attempt:
 
         Its checkpoint stays good until there is one of this attempt: what it names is not written over before that.
         """
-        if not (self._inherits and self.record.versions):
+        if not (self.record.attempt in self._over and self.record.versions):
             return None
         before = self._paths.states(self.record.lane, self.record.attempt)
         try:
@@ -58,11 +58,22 @@ class Attempt:
             self._is_heir = True
             os.link(before, self._path)
         except FileExistsError:
-            if not (self._is_heir and os.path.samefile(before, self._path)):
+            if not (os.path.samefile(before, self._path) if self._is_heir else self._follows_an_heir()):
                 return None
         except OSError:  # a disk without links
             return None
         return open_states(self._path, self._plan, self.record.lane, write=True)
+
+    def _follows_an_heir(self) -> bool:
+        """Whether the states could be had from an heir that is over and has committed nothing: a name goes away once."""
+        for heir in heirs_of(self._paths, self.record.lane, self.record.attempt, self._over):
+            try:
+                os.rename(self._paths.states(self.record.lane, heir), self._path)
+            except FileNotFoundError:
+                if not os.path.exists(self._path):  # else the first reply was lost
+                    continue
+            self._is_heir = True
+        return self._is_heir
 
     def _copied(self) -> StateFile:
         states = make_states(self._path, self._plan, self.record.lane)

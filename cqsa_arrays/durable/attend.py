@@ -39,7 +39,7 @@ from .pages import Pages
 from .record import LaneRecord
 from .records import damaged, sync_directory
 from .setup import Setup
-from .states import attempts_over, attempts_with_states
+from .states import attempts_over, attempts_with_states, heirs_of
 from .stop import Stop
 
 NOTHING = RunReport(0.0, 0, 0, 0)
@@ -240,8 +240,8 @@ def _run_lane(opened: Opened, lane: int, claim: int, stop: Stop, progress: Progr
             continue
         if claim > 1:
             sync_directory(paths.directory)  # what is seen may be lost with the power as long as it is not on the disk
-        forget(paths, lane, picture, over - {record.attempt})
-        attempt = Attempt(paths, opened.plan, record, claim, inherits=record.attempt in over)
+        forget(paths, lane, picture, over - {record.attempt, *heirs_of(paths, lane, record.attempt, over)})
+        attempt = Attempt(paths, opened.plan, record, claim, over)
         with suppress(Outdated):
             return _attempt(opened, attempt, claim, end, stop, progress)
     raise _restless(opened, lane)

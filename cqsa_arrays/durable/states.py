@@ -6,6 +6,7 @@ import errno
 import os
 import re
 import shutil
+from collections.abc import Iterable
 from contextlib import suppress
 
 from ..engine.schedule import Schedule
@@ -84,6 +85,17 @@ def attempts_over(paths: JobPaths, lane: int) -> frozenset[str]:
         return who is not None and who.is_dead
 
     return frozenset(filter(is_over, attempts_with_states(paths, lane)))
+
+
+def heirs_of(paths: JobPaths, lane: int, attempt: str, attempts: Iterable[str]) -> list[str]:
+    """Those of ``attempts`` that have taken over the states of ``attempt``: their file is the same."""
+
+    def is_heir(other: str) -> bool:
+        with suppress(FileNotFoundError):
+            return other != attempt and os.path.samefile(paths.states(lane, attempt), paths.states(lane, other))
+        return False
+
+    return sorted(filter(is_heir, attempts))
 
 
 def remove_states_of(paths: JobPaths, lane: int, attempt: str) -> None:

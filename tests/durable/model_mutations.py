@@ -162,8 +162,16 @@ class FinishesTooEarly(Protocol):
 class GivesEveryHeirTheFile(Protocol):
     """L2 links the states of a dead writer under a name of the new attempt's, not of the old one's."""
 
-    def inherits(self, me: Me, key: Any, lane: int, name: Any, record: tuple) -> Generator[Operation, Any, bool]:
-        return (yield "link", (key, record[1]), (key, ("states", lane, key, me[0])))
+    def inherits(self, me: Me, key: Any, lane: int, name: Any, over: tuple) -> Generator[Operation, Any, bool]:
+        return (yield "link", (key, ("states", lane, key, name[2])), (key, ("states", lane, key, me[0])))
+
+
+class FollowsTheLiving(Protocol):
+    """L2 takes the states from an heir that may still write."""
+
+    def heirs(self, names: dict, lane: int, name: Any, over: tuple) -> list[int]:
+        everybody = tuple(sorted({found[-1] for found in names if found[:2] == ("states", lane)}))
+        return super().heirs(names, lane, name, everybody)
 
 
 class LooksBeforeItKnows(Protocol):
@@ -182,8 +190,10 @@ class LooksBeforeItKnows(Protocol):
     def judge(self, me: Me, key: Any, lane: int, name: Any, record: tuple, doubted: Any) -> Segment:
         over = yield from self.over(key, lane)
         names = dict((yield "list", key) or ())
-        inherits = name[2] in over and doubted != name
-        return "forget", me, key, lane, name, record, doubted, inherits, self.swept(names, lane, name, over)
+        unneeded = self.swept(names, lane, name, over)
+        if name[2] not in over or doubted == name:
+            over = ()
+        return "forget", me, key, lane, name, record, doubted, over, unneeded
 
     def swept(self, names: dict, lane: int, name: Any, over: tuple) -> tuple:
         return ()
@@ -194,7 +204,7 @@ class SweepsBeforeItKnows(LooksBeforeItKnows):
 
     def judge(self, me: Me, key: Any, lane: int, name: Any, record: tuple, doubted: Any) -> Segment:
         _, *rest, _, unneeded = yield from super().judge(me, key, lane, name, record, doubted)
-        return "forget", *rest, False, unneeded
+        return "forget", *rest, (), unneeded
 
     def swept(self, names: dict, lane: int, name: Any, over: tuple) -> tuple:
         return self.unneeded(names, lane, name, over)
@@ -207,7 +217,7 @@ class ForgetsTheLiving(Protocol):
         names = dict((yield "list", key) or ())
         return tuple(sorted({name[-1] for name in names if name[:3] == ("states", lane, key)}))
 
-    def take_over(self, me: Me, key: Any, lane: int, name: Any, record: tuple) -> Segment:
+    def take_over(self, me: Me, key: Any, lane: int, name: Any, record: tuple, over: tuple) -> Segment:
         yield "read", JOB
         return "copy", me, key, lane, name, record, None
 
@@ -247,6 +257,7 @@ MUTATIONS = (
     Setting(WritesPagesPartly(**LANES), RUNS),
     Setting(FinishesTooEarly(**LANES), RUNS),
     Setting(GivesEveryHeirTheFile(**HEIRS, left=True), ("run", "run")),
+    Setting(FollowsTheLiving(**HEIRS, left=True), ("run", "run")),
     Setting(LooksBeforeItKnows(**HEIRS), RUNS),
     Setting(SweepsBeforeItKnows(**HEIRS), RUNS),
     Setting(ForgetsTheLiving(**HEIRS), RUNS),

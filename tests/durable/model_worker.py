@@ -188,8 +188,9 @@ class Protocol:
         if name[3] == self.parts(lane):
             return "done", me, key, lane, name
         unneeded = self.unneeded(names, lane, name, over)
-        inherits = name[2] in over and doubted != name
-        return "forget", me, key, lane, name, names[name], doubted, inherits, unneeded
+        if name[2] not in over or doubted == name:
+            over = ()
+        return "forget", me, key, lane, name, names[name], doubted, over, unneeded
 
     def over(self, key: Any, lane: int) -> Generator[Operation, Any, tuple]:
         """The attempts that are of dead workers; known before what they did last is looked for."""
@@ -201,29 +202,43 @@ class Protocol:
         return tuple(found)
 
     def unneeded(self, names: dict, lane: int, name: Any, over: tuple) -> tuple:
-        """The checkpoints, and then the states, of attempts that are over and not the farthest."""
-        ended = [number for number in over if number != name[2]]
+        """The checkpoints, and then the states, of attempts that are over, and neither the farthest nor its heirs."""
+        kept = {name[2], *self.heirs(names, lane, name, over)}
+        ended = [number for number in over if number not in kept]
         checkpoints = (found for found in names if found[:2] == ("checkpoint", lane) and found[2] in ended)
         states = (found for found in names if found[:2] == ("states", lane) and found[-1] in ended)
         return (*sorted(checkpoints), *sorted(states))
 
+    def heirs(self, names: dict, lane: int, name: Any, over: tuple) -> list[int]:
+        """Those that are over and have taken over the states of the farthest."""
+        states = {found[-1]: value for found, value in names.items() if found[:2] == ("states", lane)}
+        mine = states.get(name[2])
+        return [number for number in over if number != name[2] and mine and states.get(number) == mine]
+
     def forget(
-        self, me: Me, key: Any, lane: int, name: Any, record: tuple, doubted: Any, inherits: bool, unneeded: tuple
+        self, me: Me, key: Any, lane: int, name: Any, record: tuple, doubted: Any, over: tuple, unneeded: tuple
     ) -> Segment:
         for one in unneeded:
             yield "untold", ("unlink", (key, one))
-        if inherits:
-            return "take_over", me, key, lane, name, record
+        if over:
+            return "take_over", me, key, lane, name, record, over
         return "copy", me, key, lane, name, record, doubted
 
-    def take_over(self, me: Me, key: Any, lane: int, name: Any, record: tuple) -> Segment:
-        """The states of a writer that is dead for certain get one heir; all others copy them."""
-        if (yield from self.inherits(me, key, lane, name, record)):
+    def take_over(self, me: Me, key: Any, lane: int, name: Any, record: tuple, over: tuple) -> Segment:
+        """The states of a writer that is dead for certain get one heir at a time; all others copy them."""
+        if (yield from self.inherits(me, key, lane, name, over)):
             return "advance", me, key, lane, *record, None
         return "copy", me, key, lane, name, record, None
 
-    def inherits(self, me: Me, key: Any, lane: int, name: Any, record: tuple) -> Generator[Operation, Any, bool]:
-        return (yield "link", (key, record[1]), (key, ("heir", lane, name[2])))
+    def inherits(self, me: Me, key: Any, lane: int, name: Any, over: tuple) -> Generator[Operation, Any, bool]:
+        states, mine = (key, ("states", lane, key, name[2])), (key, ("states", lane, key, me[0]))
+        if (yield "link", states, (key, ("heir", lane, name[2]))):
+            return (yield "link", states, mine) or (yield "read", mine) is not None
+        names = dict((yield "list", key) or ())
+        for heir in self.heirs(names, lane, name, over):
+            if (yield "rename", (key, ("states", lane, key, heir)), mine) or (yield "read", mine) is not None:
+                return True
+        return False
 
     def copy(self, me: Me, key: Any, lane: int, name: Any, checkpoint: tuple, doubted: Any) -> Segment:
         cuts, states, slot = checkpoint

@@ -178,7 +178,7 @@ class Exploration:
         return State(disk, workers, came)
 
     def without(self, disk: int, worker: int) -> int:
-        """The disk after a worker has died: states of its that no checkpoint names nobody will ever look at."""
+        """The disk after a worker has died: its states that no checkpoint needs nobody will ever look at."""
         if (disk, worker) not in self.left:
             self.left[disk, worker] = self._without(disk, worker)
         return self.left[disk, worker]
@@ -188,11 +188,11 @@ class Exploration:
         names, files, past = self.disks.values[disk]
         used = {value[1] for (_, name), value in names if name[0] in ("checkpoint", "done")}
 
-        def unused(name: Any) -> bool:
-            return name[0] == "states" and name not in used and name[-1] == number
+        def unused(name: Any, states: Any) -> bool:
+            return name[0] == "states" and name[-1] == number and states not in used
 
-        names = frozenset(entry for entry in names if not unused(entry[0][1]))
-        files = frozenset(entry for entry in files if not unused(entry[0]))
+        names = frozenset(entry for entry in names if not unused(entry[0][1], entry[1]))
+        files = frozenset(entry for entry in files if not unused(entry[0], entry[0]))
         if self.setting.protocol.inherit:  # there it matters who is dead for certain
             past |= {("dead", number)}
         return self.disks(Disk(names, files, past))

@@ -28,6 +28,18 @@ def test_the_states_of_those_that_were_killed_do_not_pile_up(here) -> None:
     assert digest() == expected
 
 
+def test_an_heir_that_is_killed_before_it_commits_has_an_heir(here) -> None:
+    """The disk may have no room for the states twice."""
+    case = CASES[1]
+    make(case)
+    expected = unbroken(case)
+    for commits in (1, 0, 0, 1, 0):
+        assert run(command(case), KilledAtCommit(commits)) == -signal.SIGKILL
+        assert len({os.stat(path).st_ino for path in glob("out.h5.job/*/*.states")}) == 1
+    assert run(command(case)) == 0, log()
+    assert digest() == expected
+
+
 @pytest.mark.parametrize("case", [CASES[1], CASES[4]], ids=lambda case: case.name)
 def test_states_that_were_closed_are_gone_on_with_on_any_machine(here, case) -> None:
     """Each run stops by itself, on a machine of which the next one knows nothing."""
