@@ -65,7 +65,7 @@ class Attempt:
         return open_states(self._path, self._plan, self.record.lane, write=True)
 
     def _follows_an_heir(self) -> bool:
-        """Whether the states could be had from an heir that is over and has committed nothing: a name goes away once."""
+        """Whether an heir that is over and has committed nothing could be followed: a name goes away once."""
         for heir in heirs_of(self._paths, self.record.lane, self.record.attempt, self._over):
             try:
                 os.rename(self._paths.states(self.record.lane, heir), self._path)

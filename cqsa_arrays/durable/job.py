@@ -16,7 +16,7 @@ from ..storage import PART_SUFFIX, OutputFile, check_target, remove_leftover
 from ..version import __version__
 from ..wording import Call, Choice, Phrase
 from .claims import Claims, Observer
-from .ending import POLL_S, JobEnded, bury, end, make_way, require_nobody, require_over, was_finished
+from .ending import HIDDEN_S, POLL_S, JobEnded, bury, end, make_way, require_nobody, require_over, was_finished
 from .fact import JobFact, choice, current
 from .folder import LOOKS, OF_JOB, JobFolder, JobPaths, clear, look
 from .inputs import KnownInput, read_known_inputs
@@ -77,8 +77,9 @@ def open_job(setup: Setup, folder: JobFolder, claims: Claims, stop: Stop, stack:
             _begin(setup, folder, claims, stop)
             continue
         paths = fact.paths(folder)
-        if not any(map(os.path.exists, (paths.output, paths.finished))):
-            _require_over(folder, fact)
+        if not _is_there(paths):
+            if not _is_over(folder, fact, stop):
+                continue
             dropped = os.path.exists(paths.dropped)
             finished = not dropped and was_finished(setup.out, fact) and _is_same(setup, fact)
             end(folder, fact)
@@ -89,13 +90,27 @@ def open_job(setup: Setup, folder: JobFolder, claims: Claims, stop: Stop, stack:
         return _opened(setup, folder, fact, claims.within(paths.directory), stack, stop)
 
 
-def _require_over(folder: JobFolder, fact: JobFact) -> None:
-    """Raise StorageError where the output is gone although the job was neither finished nor dropped."""
-    if os.path.exists(fact.paths(folder).dropped) or was_finished(folder.out, fact):
-        return
-    now = current(folder)
-    if now is not None and now.key == fact.key:
-        raise StorageError(f"{fact.paths(folder).output}: the unfinished output is gone. ", START_OVER)
+def _is_there(paths: JobPaths) -> bool:
+    return any(map(os.path.exists, (paths.output, paths.finished)))
+
+
+def _is_over(folder: JobFolder, fact: JobFact, stop: Stop) -> bool:
+    """Whether the job, whose output is not there, was finished or dropped; False where it is to be looked at again.
+
+    Raises StorageError where the output is gone although neither was done. Its name may be one that is not seen yet.
+    """
+    paths, until = fact.paths(folder), time.monotonic() + HIDDEN_S
+    while not (os.path.exists(paths.dropped) or was_finished(folder.out, fact)):
+        now = current(folder)
+        if now is None or now.key != fact.key:
+            return True
+        if _is_there(paths):
+            return False
+        if time.monotonic() > until:
+            raise StorageError(f"{paths.output}: the unfinished output is gone. ", START_OVER)
+        stop.check()
+        time.sleep(POLL_S)
+    return True
 
 
 def _opened(setup: Setup, folder: JobFolder, fact: JobFact, claims: Claims, stack: ExitStack, stop: Stop) -> Opened:

@@ -33,7 +33,7 @@ from fault_cases import CASE, RECORD, TILES, goes_on, in_job, refused
 
 import cqsa_arrays as cqsa
 from cqsa_arrays import Options, StorageError
-from cqsa_arrays.durable import checkpoint
+from cqsa_arrays.durable import checkpoint, job
 from cqsa_arrays.durable.attempt import Attempt
 from cqsa_arrays.durable.records import read_record, write_record
 
@@ -129,7 +129,8 @@ def test_finished_rows_that_are_damaged(here) -> None:
 
 
 @pytest.mark.parametrize("what", ["gone", "another", "cut"])
-def test_an_unfinished_output_that_is_gone_or_another(begun, what) -> None:
+def test_an_unfinished_output_that_is_gone_or_another(begun, what, monkeypatch) -> None:
+    monkeypatch.setattr(job, "HIDDEN_S", 0.2)
     path = in_job("output")
     if what == "gone":
         os.remove(path)

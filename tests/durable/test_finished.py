@@ -16,6 +16,8 @@ import pytest
 from durable_cases import CASES, Fault, command, digest, log, make, run, run_and_read, unbroken
 
 import cqsa_arrays as cqsa
+from cqsa_arrays.durable import job
+from cqsa_arrays.durable.ending import was_finished
 from cqsa_arrays.storage import dataset_in, sampled_hash
 
 CASE = CASES[0]
@@ -182,3 +184,23 @@ def _killed_behind_the_record(usual, source, to, **named) -> None:
     usual(source, to, **named)
     if os.path.basename(to) == "ended":
         os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_an_output_whose_name_is_seen_late_is_not_lost(here) -> None:
+    """Another machine has just finished the job: its record is still seen here, and the name of its output not yet."""
+    make(CASE)
+    expected = unbroken(CASE)
+    assert run(command(CASE), Fault("rename", 1, _killed_before_the_record, always=True)) == -signal.SIGKILL
+
+    def late() -> None:
+        looks = iter([False] * 4)
+        job.was_finished = lambda *of: next(looks, None) is None and was_finished(*of)
+
+    assert run(command(CASE), late) == 0, log()
+    assert digest() == expected
+
+
+def _killed_before_the_record(usual, source, to, **named) -> None:
+    if os.path.basename(to) == "ended":
+        os.kill(os.getpid(), signal.SIGKILL)
+    usual(source, to, **named)
