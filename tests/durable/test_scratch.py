@@ -42,7 +42,7 @@ def test_a_run_that_is_killed_while_it_begins_leaves_nothing_in_the_scratch_dire
     assert run(argv) == 0
     expected = digest()
     os.remove("out.h5")
-    for at in range(1, 60, 2):
+    for at in range(1, 60, 3):
         assert run(argv, Killed(at, "after")) == -signal.SIGKILL
         left += bool(os.listdir("scratch"))
         assert run(argv) == 0, log()
