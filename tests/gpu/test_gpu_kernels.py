@@ -78,6 +78,18 @@ def test_every_pair_of_widths_that_kernels_are_compiled_for(family, dim, value_d
     close(family, one, low, high, *launch(family, one, low=low, high=high))
 
 
+@pytest.mark.parametrize("family", ["single", "split", "double"])
+@pytest.mark.parametrize("dim", [64, 192])
+@pytest.mark.parametrize("keys", [4096 + 127, 70_000])
+def test_the_mean_of_values_near_the_largest_number(family, dim, keys):
+    """Totals of many spans must stay finite: here a row's sum of weights is more than that of the first 4096 keys."""
+    one = case(family, dim, rows=5, heads=1, batch=1, pieces=((0, keys),), seed=18)
+    largest = 0.99 * float(np.finfo(one.v.dtype).max)
+    one.q, one.v = np.zeros_like(one.q), np.full_like(one.v, largest)
+    out, _ = launch(family, one, span=kernel_of(family, dim, dim).variant.span_keys)
+    np.testing.assert_allclose(out, largest, rtol=1e-5)
+
+
 @by_family
 @pytest.mark.parametrize("rows", [1, 15, 127, 129, 300])
 @pytest.mark.parametrize("keys", [1, 17, 128, 257])

@@ -12,11 +12,11 @@
 #include "state.cuh"
 
 constexpr float LOWEST = -3.402823466e38f;
-// Weights are at most 2^-SPAN_BITS, so that a span's sum of them is at most 1, and sums of values no larger than these. The
-// totals stay so because bases rise where a thread's part of the sum exceeds MOST_SUM.
+// Weights are at most 2^-SPAN_BITS, so that a span's sum of them is at most 1/4, and sums of values smaller than these. The
+// totals stay so because bases rise where a lane's part of the sum, an eighth or a quarter, exceeds MOST_SUM.
 #ifndef BOUNDED_VALUES
 constexpr int SPAN_BITS = 12;
-constexpr float MOST_SUM = 0.125f;
+constexpr float MOST_SUM = 0.0625f;
 #else  // below 2^63: sums are finite anyway, and weights reach further down
 constexpr int SPAN_BITS = 0;
 constexpr float MOST_SUM = 1 << 30;
