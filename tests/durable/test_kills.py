@@ -49,8 +49,8 @@ def test_killed_at_steps_that_change_the_disk(here, case) -> None:
     make(case)
     expected, steps = unbroken(case), steps_of(case)
     assert steps > 50
-    drawn = random.Random(case.name).sample(range(5, steps - 8), 8)
-    for number, at in enumerate((*range(1, 30, 4), *sorted(drawn), *range(steps - 8, steps + 1))):
+    drawn = random.Random(case.name).sample(range(5, steps - 8), 6)
+    for number, at in enumerate((*range(1, 30, 6), *sorted(drawn), *range(steps - 8, steps + 1, 2))):
         assert killed_at(case, expected, at, HOWS[number % len(HOWS)])
 
 

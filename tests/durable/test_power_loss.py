@@ -83,7 +83,7 @@ def test_whatever_was_not_synced_is_not_missed(here, case, monkeypatch) -> None:
     assert digest() == expected
     assert sum(event[0] == "names synced" for event in recording.events) > 5
     rng = random.Random(case.name)
-    for _ in range(12):
+    for _ in range(8):
         cut = rng.randint(0, len(recording.events))
         assert survives(recording, expected, cut, rng, case), f"after {cut} events: {log()}"
 
@@ -97,7 +97,7 @@ def test_what_a_killed_run_has_not_synced_is_not_missed(here, case, monkeypatch)
         before = killed(case, commit)
         recording = record(case, monkeypatch, before)
         assert digest() == expected
-        for _ in range(8):
+        for _ in range(5):
             cut = rng.randint(len(before.events), len(recording.events))
             assert survives(recording, expected, cut, rng, case), f"after {cut} events: {log()}"
         lay_out({}, {"qkv.h5"})
